@@ -5,12 +5,13 @@ The critic learns from replayed transitions, the actor climbs the critic's slope
 both, the targets mu' and Q', keep the critic from chasing its own estimates. Algorithm 1 of
 Lillicrap et al. 2015 (arXiv:1509.02971) is the map of this file; sections are those of README.md:
 
-    networks mu, Q, mu', Q'                   ann, Agent           section 2
-    exploration a = mu(s) + n                 Noise                section 3
-    replay memory of (s, a, r, s', d)         ReplayBuffer         section 4
-    the critic's loss, the actor's loss       Agent.critic_loss, Agent.actor_loss    5 and 6
-    theta' <- tau theta' + (1 - tau) theta    soft_update          section 7
-    for each episode, for each step           train                section 8
+    networks mu, Q and their targets            ann, Agent           section 2
+    exploration a = mu(s) + n                   Noise                section 3
+    memory of transitions (s, a, r, s', d)      ReplayBuffer         section 4
+    critic's loss (y - Q(s, a))^2               Agent.critic_loss    section 5
+    actor's loss -Q(s, mu(s))                   Agent.actor_loss     section 6
+    theta' <- tau theta' + (1 - tau) theta      soft_update          section 7
+    for each episode, for each step             train                section 8
 
 `python ddpg.py` teaches a pendulum to stand up; `python ddpg.py --help` lists every setting.
 """
@@ -21,7 +22,6 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -31,67 +31,88 @@ from PIL import Image
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 stderr = os.dup(2)
-with open(os.devnull, "w") as null:
-    os.dup2(null.fileno(), 2)  # TensorFlow's first lines come from C++ and heed no log level
+os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # TensorFlow's first lines heed no log level
 try:
     import keras
     import tensorflow as tf
 finally:
     os.dup2(stderr, 2)
-    os.close(stderr)
+
+EVALUATION_SEEDS = range(1_000_000, 1_000_010)
 
 
-def setting(default, meaning, low=-np.inf, high=np.inf):
-    return field(default=default, metadata={"meaning": meaning, "low": low, "high": high})
+class Parser(argparse.ArgumentParser):
+    """Every setting that decides a run, with its meaning, range and default."""
+
+    def __init__(self):
+        super().__init__(description="Train a DDPG agent, resume its training, or watch it.")
+        self.add("env", "Pendulum-v1", "Gymnasium environment; module:Name-v0 for one of your own")
+        self.add("episodes", 100, "episodes to train", least=1)
+        self.add("seed", 0, "source of all randomness")
+        self.add("hidden", [64, 64], "hidden layer sizes of both networks", least=1)
+        self.add("actor-lr", 1e-3, "learning rate of the actor")
+        self.add("critic-lr", 1e-3, "learning rate of the critic")
+        self.add("gamma", 0.99, "discount per step", most=1)
+        self.add("tau", 0.99, "what a target keeps of itself per update; the paper's is 1 - tau", most=1)
+        self.add("q-scale", 10.0, "unit of the critic's output, in rewards")
+        self.add("noise", 0.1, "sigma of the exploration noise, in half action ranges")
+        self.add("noise-theta", 1.0, "1: white noise, 0.15: Ornstein-Uhlenbeck", most=1)
+        self.add("batch-size", 128, "transitions in a batch, N", least=1)
+        self.add("buffer-size", 100_000, "transitions remembered", least=1)
+        self.add("warmup", 200, "first steps, with random actions and no training", least=1)
+        self.add("train-every", 50, "environment steps in a block; the paper's is 1", least=1)
+        self.add("updates", 1.0, "gradient steps per environment step")
+
+    def add(self, name, default, meaning, least=0, most=np.inf):
+        kind = type(np.ravel(default)[0].item())
+
+        def number(text):
+            value = kind(text)
+            if kind is not str and not (least <= value <= most and value < np.inf):
+                bounds = f"{least} or more" if most == np.inf else f"{least} to {most}"
+                raise argparse.ArgumentTypeError(f"{text} is out of range: choose {bounds}")
+            return value
+
+        self.add_argument(f"--{name}", type=number, nargs="*" if isinstance(default, list) else None,
+                          default=default, help=f"{meaning} (default: %(default)s)", metavar="X")
+
+    def error(self, message):
+        raise ValueError(message)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """All that decides a run. Raises ValueError naming the option whose value is out of range."""
-
-    env: str = setting("Pendulum-v1", "Gymnasium environment; module:Name-v0 for one of your own")
-    episodes: int = setting(100, "episodes to train", 1)
-    seed: int = setting(0, "source of all randomness", 0)
-    hidden: tuple = setting((64, 64), "hidden layer sizes of both networks", 1)
-    actor_lr: float = setting(1e-3, "learning rate of the actor", 0)
-    critic_lr: float = setting(1e-3, "learning rate of the critic", 0)
-    gamma: float = setting(0.99, "discount per step", 0, 1)
-    tau: float = setting(0.99, "what a target keeps of itself; 1 minus the paper's tau", 0, 1)
-    q_scale: float = setting(10.0, "unit of the critic's output; about 10 rewards", 0)
-    noise: float = setting(0.1, "sigma of the noise, in half action ranges", 0)
-    noise_theta: float = setting(1.0, "noise: 1 is white, 0.15 Ornstein-Uhlenbeck", 0, 1)
-    batch_size: int = setting(64, "transitions in a batch, N", 1)
-    buffer_size: int = setting(100_000, "transitions remembered", 1)
-    warmup: int = setting(200, "first steps, of random actions and no training", 1)
-    train_every: int = setting(50, "environment steps in a block; the paper's is 1", 1)
-    updates: float = setting(1.0, "gradient steps per environment step", 0)
-
-    def __post_init__(self):
-        for f in fields(self):
-            value, (_, low, high) = getattr(self, f.name), f.metadata.values()
-            if f.type is not str and not all(low <= x <= high and x < np.inf for x in np.ravel(value)):
-                remedy = f"{low} or more" if high == np.inf else f"a number from {low} to {high}"
-                raise ValueError(f"{flag(f.name)} {value} is out of range: choose {remedy}")
-        for name in ("buffer_size", "warmup"):
-            if self.batch_size > getattr(self, name):
-                raise ValueError(f"--batch-size {self.batch_size} is more than {flag(name)} "
-                                 f"{getattr(self, name)}: lower the one or raise the other")
-
-
-def flag(name):
-    return "--" + name.replace("_", "-")
+def settings(**changes):
+    """The default settings but for `changes`. Raises ValueError naming what is out of range."""
+    return Parser().parse_args([word for name, value in changes.items() for word in
+                                ("--" + name.replace("_", "-"), *map(str, np.ravel(value)))])
 
 
 def ann(input_size, layer_sizes, output_activation, rng):
     """A network (batch, input_size) -> (batch, layer_sizes[-1]), its hidden layers relu (section 2).
 
-    The actor's output activation is "tanh"; the critic's is None, linear. `rng` seeds the weights.
+    The actor's output activation is "tanh", the critic's None, which is linear. Weights start as
+    `rng` seeds them, those of the last layer near 0, so that no action starts out at its bound.
     """
     network = keras.Sequential([keras.Input((input_size,))])
-    for size, activation in zip(layer_sizes, ["relu"] * (len(layer_sizes) - 1) + [output_activation]):
-        initializer = keras.initializers.GlorotUniform(seed=int(rng.integers(2**31)))
-        network.add(keras.layers.Dense(size, activation, kernel_initializer=initializer))
+    for size in layer_sizes[:-1]:
+        start = keras.initializers.GlorotUniform(seed=int(rng.integers(2**31)))
+        network.add(keras.layers.Dense(size, "relu", kernel_initializer=start))
+    start = keras.initializers.RandomUniform(-3e-3, 3e-3, seed=int(rng.integers(2**31)))
+    network.add(keras.layers.Dense(layer_sizes[-1], output_activation, kernel_initializer=start))
     return network
+
+
+class Noise:
+    """n <- (1 - theta) n + sigma N(0, I), added to the policy's actions from outside (section 3)."""
+
+    def __init__(self, size, sigma, theta, rng):
+        self.n, self.sigma, self.theta, self.rng = np.zeros(size), sigma, theta, rng
+
+    def reset(self):
+        self.n = np.zeros_like(self.n)
+
+    def sample(self):
+        self.n = (1 - self.theta) * self.n + self.sigma * self.rng.standard_normal(self.n.shape)
+        return self.n
 
 
 class ReplayBuffer:
@@ -102,36 +123,18 @@ class ReplayBuffer:
 
     def __init__(self, capacity, state_size, action_size):
         self.rows = np.zeros((capacity, 2 * state_size + action_size + 2), np.float32)
-        self.added = 0  # since the beginning, so it also counts the environment's steps
+        self.added = 0  # since the beginning, so this also counts the environment's steps
 
     def __len__(self):
         return min(self.added, len(self.rows))
 
-    def add(self, state, action, reward, next_state, terminated):
-        self.rows[self.added % len(self.rows)] = [*state, *action, reward, *next_state, terminated]
+    def add(self, *transition):
+        self.rows[self.added % len(self.rows)] = np.hstack(transition)
         self.added += 1
 
     def sample(self, rng, *shape):
         """Rows drawn uniformly with replacement, shape + (row,): a batch, or a stack of batches."""
         return self.rows[rng.integers(len(self), size=shape)]
-
-
-class Noise:
-    """n <- (1 - theta) n + sigma N(0, I), added to actions from outside the policy (section 3).
-
-    White Gaussian noise at theta = 1, as in the notes; Ornstein-Uhlenbeck at 0.15, as in the paper.
-    """
-
-    def __init__(self, size, sigma, theta, rng):
-        self.size, self.sigma, self.theta, self.rng = size, sigma, theta, rng
-        self.reset()
-
-    def reset(self):
-        self.n = np.zeros(self.size)
-
-    def sample(self):
-        self.n = (1 - self.theta) * self.n + self.sigma * self.rng.standard_normal(self.size)
-        return self.n
 
 
 def soft_update(targets, sources, tau):
@@ -141,66 +144,69 @@ def soft_update(targets, sources, tau):
 
 
 class Agent:
-    """Four networks, their optimizers, the memory, and the history [(steps so far, return), ...].
+    """Four networks, two optimizers, the memory, and the history [(steps so far, return), ...].
 
-    Works for any `env` with one-dimensional Box observations (n,) and bounded Box actions (m,), in
-    the environment's own units throughout; other spaces raise ValueError.
+    Learns in any `env` with one-dimensional Box observations (n,) and bounded Box actions (m,), in
+    the environment's own units throughout. ValueError if `env` or the settings `c` do not fit.
     """
 
-    def __init__(self, env, settings=Settings()):
-        for space, needs_bounds in ((env.observation_space, False), (env.action_space, True)):
+    def __init__(self, env, c):
+        for space, bounds in ((env.observation_space, ""), (env.action_space, " with finite bounds")):
             if not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1
-                    and (space.is_bounded() or not needs_bounds)):
+                    and (space.is_bounded() or not bounds)):
                 raise ValueError(f"environment {env.unwrapped}: {space} is not a one-dimensional Box"
-                                 + needs_bounds * " with finite bounds" + ": wrap or replace it")
+                                 f"{bounds}: wrap it into one (gymnasium.wrappers), or choose another")
+        if c.batch_size > min(c.warmup, c.buffer_size):
+            raise ValueError(f"--batch-size {c.batch_size} is more than --warmup {c.warmup} or "
+                             f"--buffer-size {c.buffer_size}: lower the one or raise the other")
         (n,), (m,) = env.observation_space.shape, env.action_space.shape
         self.low, self.high = env.action_space.low, env.action_space.high
         self.middle, self.half_range = (self.high + self.low) / 2, (self.high - self.low) / 2
-        self.settings, self.rng = settings, np.random.default_rng(settings.seed)
-        self.buffer, self.history = ReplayBuffer(settings.buffer_size, n, m), []
-        self.columns = [n, m, 1, n, 1]  # of a row of the buffer: s, a, r, s', d
+        self.settings, self.rng = c, np.random.default_rng(c.seed)
+        self.buffer, self.history = ReplayBuffer(c.buffer_size, n, m), []
+        self.columns = [n, m, 1, n, 1]  # of the buffer's rows: s, a, r, s', d
 
-        s, a = keras.Input((n,)), keras.Input((m,))
-        to_units = keras.layers.Rescaling(self.half_range.tolist(), self.middle.tolist())
-        from_units = keras.layers.Rescaling((1 / self.half_range).tolist(),
-                                            (-self.middle / self.half_range).tolist())
-        self.actor = keras.Model(s, to_units(ann(n, (*settings.hidden, m), "tanh", self.rng)(s)))
-        q = ann(n + m, (*settings.hidden, 1), None, self.rng)
-        self.critic = keras.Model([s, a], keras.layers.Rescaling(settings.q_scale)(
-            q(keras.layers.Concatenate()([s, from_units(a)]))))
+        s, a, scaling = keras.Input((n,)), keras.Input((m,)), keras.layers.Rescaling
+        to_units = scaling(self.half_range.tolist(), self.middle.tolist())
+        from_units = scaling((1 / self.half_range).tolist(), (-self.middle / self.half_range).tolist())
+        mu, q = ann(n, [*c.hidden, m], "tanh", self.rng), ann(n + m, [*c.hidden, 1], None, self.rng)
+        pair = keras.layers.Concatenate()([s, from_units(a)])
+        self.actor = keras.Model(s, to_units(mu(s)))
+        self.critic = keras.Model([s, a], scaling(c.q_scale)(q(pair)))
         self.target_actor, self.target_critic = map(keras.models.clone_model, (self.actor, self.critic))
         self.weights = self.actor.variables + self.critic.variables
         self.target_weights = self.target_actor.variables + self.target_critic.variables
         soft_update(self.target_weights, self.weights, tau=0)
-        self.actor_optimizer = keras.optimizers.Adam(settings.actor_lr)
-        self.critic_optimizer = keras.optimizers.Adam(settings.critic_lr)
+        self.actor_optimizer = keras.optimizers.Adam(c.actor_lr)
         self.actor_optimizer.build(self.actor.trainable_variables)
+        self.critic_optimizer = keras.optimizers.Adam(c.critic_lr)
         self.critic_optimizer.build(self.critic.trainable_variables)
-        self.refresh()
+        self.variables = [*self.weights, *self.target_weights,
+                          *self.actor_optimizer.variables, *self.critic_optimizer.variables]
+        self.copy_actor()
 
     def critic_loss(self, s, a, r, s_next, d):
-        """L = 1/N sum (y - Q(s, a))^2, y = r + gamma (1 - d) Q'(s', mu'(s')) (section 5).
+        """L = 1/N sum (y - Q(s, a))^2 with y = r + gamma (1 - d) Q'(s', mu'(s')) (section 5).
 
-        Shapes (N, n), (N, m), (N, 1), (N, n), (N, 1). Were r (N,), the difference would broadcast
-        to an (N, N) table without a word.
+        s, s_next: (N, n); a: (N, m); r, d: (N, 1), as r of (N,) would broadcast to an (N, N) table.
         """
         q_next = self.target_critic([s_next, self.target_actor(s_next)])
         y = r + self.settings.gamma * (1 - d) * q_next
         return tf.reduce_mean((y - self.critic([s, a])) ** 2)
 
     def actor_loss(self, s):
-        """J = -1/N sum Q(s, mu(s)) (section 6): going down it goes up Q. s: (N, n)."""
+        """J = -1/N sum Q(s, mu(s)) (section 6), s: (N, n). To go down it is to go up Q."""
         return -tf.reduce_mean(self.critic([s, self.actor(s)]))
 
     def critic_step(self, *batch):
-        """One step of the critic, alone, down its loss, which is returned."""
+        """One step down the critic's loss, which is returned; moves the critic alone."""
         with tf.GradientTape() as tape:
             loss = self.critic_loss(*batch)
         self.critic_optimizer.apply(tape.gradient(loss, self.critic.trainable_variables))
         return loss
 
     def actor_step(self, s):
-        """One step of the actor, alone, down its loss, which is returned."""
+        """One step down the actor's loss, which is returned; moves the actor alone."""
         with tf.GradientTape() as tape:
             loss = self.actor_loss(s)
         self.actor_optimizer.apply(tape.gradient(loss, self.actor.trainable_variables))
@@ -208,10 +214,10 @@ class Agent:
 
     @tf.function(jit_compile=True)
     def train_block(self, batches):
-        """Train on each of the `batches` (k, N, row) in turn; return whether all is still finite.
+        """Train on a stack of batches (k, N, row); return whether losses and weights are finite.
 
-        A call to TensorFlow costs more than these networks' arithmetic, so a whole block of
-        gradient steps is compiled into one (section 9).
+        A call to TensorFlow costs more than the arithmetic of networks this small, so a whole
+        block of gradient steps is compiled into one call (section 9).
         """
         losses = tf.zeros(2)
         for batch in batches:
@@ -221,62 +227,57 @@ class Agent:
         return tf.reduce_all([tf.reduce_all(tf.math.is_finite(x)) for x in [losses, *self.weights]])
 
     def learn(self, steps):
-        """Sample and train `steps` batches. FloatingPointError if a loss or weight overflows."""
+        """`steps` gradient steps on fresh samples. Raises FloatingPointError when they diverge."""
         if not self.train_block(self.buffer.sample(self.rng, steps, self.settings.batch_size)):
-            raise FloatingPointError(f"episode {len(self.history) + 1} diverged: a loss or weight is "
-                                     "not finite. Try lower learning rates, or look at the rewards")
-        self.refresh()
+            raise FloatingPointError(f"episode {len(self.history) + 1}: a loss or a weight is no longer "
+                                     "finite; try lower learning rates, or look for huge rewards")
+        self.copy_actor()
 
-    def refresh(self):
-        """Copy the actor to NumPy, where acting costs a hundredth of a call to Keras."""
+    def copy_actor(self):
+        """Copy mu to NumPy, where acting costs a hundredth of a call to Keras."""
         weights = [w.numpy() for w in self.actor.trainable_variables]
         self.layers = list(zip(weights[::2], weights[1::2]))
 
     def act(self, state, noise=0.0):
-        """a = mu(s) + n for a state (n,): an action (m,) within bounds. Noise is in half ranges."""
-        for weights, bias in self.layers:
-            x = state @ weights + bias
+        """a = mu(s) + n for one state (n,), clipped to the bounds: (m,). Noise in half ranges."""
+        for kernel, bias in self.layers:
+            x = state @ kernel + bias
             state = np.maximum(x, 0)
         action = self.middle + self.half_range * (np.tanh(x) + noise)
         return np.clip(action, self.low, self.high).astype(self.low.dtype)
 
-    def variables(self):
-        return (self.weights + self.target_weights
-                + self.actor_optimizer.variables + self.critic_optimizer.variables)
-
     def save(self, path):
-        """Write all that decides the future to `path`, whole or not at all, without pickle."""
-        part = path.with_suffix(".part")
+        """Write all that decides the future to `path`: all or nothing, and without pickle."""
+        part = Path(path).with_suffix(".part")
         with open(part, "wb") as file:
-            np.savez(file, *[v.numpy() for v in self.variables()], added=self.buffer.added,
+            np.savez(file, *[v.numpy() for v in self.variables], added=self.buffer.added,
                      rows=self.buffer.rows[:len(self.buffer)], history=np.array(self.history),
                      rng=json.dumps(self.rng.bit_generator.state),
-                     settings=json.dumps(asdict(self.settings)))
+                     settings=json.dumps(vars(self.settings)))
         part.replace(path)
 
-    def restore(self, checkpoint):
-        """Become what `checkpoint`, from read_checkpoint, holds. ValueError if shapes differ."""
-        for i, variable in enumerate(self.variables()):
-            variable.assign(checkpoint[f"arr_{i}"])
-        self.buffer.added = int(checkpoint["added"])
-        self.buffer.rows[:len(self.buffer)] = checkpoint["rows"]
-        self.history = [(int(steps), total) for steps, total in checkpoint["history"].tolist()]
-        self.rng.bit_generator.state = json.loads(str(checkpoint["rng"]))
-        self.refresh()
+    def restore(self, saved):
+        """Become what read_checkpoint returned. Raises ValueError if it does not fit."""
+        for i, variable in enumerate(self.variables):
+            variable.assign(saved[f"arr_{i}"])
+        self.buffer.added = int(saved["added"])
+        self.buffer.rows[:len(self.buffer)] = saved["rows"]
+        self.history = [(int(steps), total) for steps, total in saved["history"].tolist()]
+        self.rng.bit_generator.state = json.loads(str(saved["rng"]))
+        self.copy_actor()
 
 
 def read_checkpoint(path):
-    """What Agent.save wrote, by name, with Settings restored. ValueError if it is anything else."""
+    """What Agent.save wrote, by name. Raises ValueError if it is missing, cut short or foreign."""
     try:
         with np.load(path) as file:
-            checkpoint = dict(file)
-        return {**checkpoint, "settings": Settings(**json.loads(str(checkpoint["settings"])))}
+            return dict(file) | {"settings": json.loads(str(file["settings"]))}
     except Exception as error:
-        raise ValueError(f"{path} is not a whole checkpoint: {error}: choose another --out")
+        raise ValueError(f"--out: no whole checkpoint at {path} ({error}): choose another folder")
 
 
 def play(policy, env, seed):
-    """One episode of `policy`, step by step: yields its transitions (s, a, r, s', terminated)."""
+    """One episode of `policy`: yields its transitions (s, a, r, s', terminated) as they happen."""
     state, over = np.array(env.reset(seed=seed)[0], np.float32), False
     while not over:
         action = policy(state)
@@ -287,9 +288,9 @@ def play(policy, env, seed):
 
 
 def train(agent, env):
-    """Algorithm 1 (section 8), as a generator that yields each episode's return at its end.
+    """Algorithm 1 (section 8), as a generator: at each episode's end it yields the return.
 
-    Nothing is under way then, so a run can be saved or stopped there. Each episode is reset with a
+    Nothing is under way then, so a run can be saved or stopped there. Each episode's reset has a
     seed of its own, drawn from the agent's, so that a resumed run repeats it.
     """
     c, buffer, rng = agent.settings, agent.buffer, agent.rng
@@ -301,30 +302,28 @@ def train(agent, env):
         return agent.act(state, noise.sample())
 
     while len(agent.history) < c.episodes:
-        total = 0.0
         noise.reset()
-        for s, a, r, s_next, terminated in play(explore, env, seed=int(rng.integers(2**31))):
-            buffer.add(s, a, r, s_next, terminated)  # not truncated: what is cut off still has value
-            total += r
+        total = 0.0
+        for transition in play(explore, env, seed=int(rng.integers(2**31))):
+            buffer.add(*transition)
+            total += transition[2]
             if buffer.added >= c.warmup and buffer.added % c.train_every == 0:
                 before = buffer.added - c.train_every
-                agent.learn(int(c.updates * buffer.added) - int(c.updates * before))
+                steps = int(c.updates * buffer.added) - int(c.updates * before)
+                if steps:
+                    agent.learn(steps)
         agent.history.append((buffer.added, total))
         yield total
 
 
-def evaluation_seeds(settings, episodes):
-    return np.random.default_rng([settings.seed, 1]).integers(2**31, size=episodes).tolist()
+def evaluate(agent, env):
+    """Ten returns without noise, and pairs of Q(s, mu(s)) with the discounted return that followed.
 
-
-def evaluate(agent, env, episodes=10):
-    """Returns (episodes,) without noise, and rows (Q(s, mu(s)), discounted return that followed).
-
-    Where an episode is cut off, Q of its last state stands for the rest (section 10); only states
-    are kept after which that rest weighs less than the rewards that were seen.
+    Where an episode is cut off, Q of its last state stands for the rest, and only states are kept
+    after which this rest weighs less than the rewards that were seen (section 10).
     """
     returns, pairs = [], []
-    for seed in evaluation_seeds(agent.settings, episodes):
+    for seed in EVALUATION_SEEDS:
         states, _, rewards, next_states, terminated = zip(*play(agent.act, env, seed))
         states = tf.stack([*states, next_states[-1]])
         estimates = agent.critic([states, agent.actor(states)]).numpy()[:, 0]
@@ -338,37 +337,37 @@ def evaluate(agent, env, episodes=10):
 
 
 def plot(history, pairs):
-    """The figure: training returns with their ten-episode mean, and the critic's honesty."""
+    """The figure: training returns and their ten-episode mean; the critic's estimates and truth."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    returns = np.array([total for _, total in history])
-    episodes = np.arange(1, len(returns) + 1)
-    left.plot(episodes, returns, alpha=0.4, label="each episode")
-    left.plot(episodes[9:], [returns[i - 10:i].mean() for i in episodes[9:]], label="mean of ten")
+    returns = [total for _, total in history]
+    episodes = range(1, len(returns) + 1)
+    left.plot(episodes, returns, alpha=0.4, label="episode")
+    left.plot(episodes[9:], [np.mean(returns[i - 10:i]) for i in episodes[9:]], label="mean of ten")
     left.set(title="Training", xlabel="episode", ylabel="return")
     left.legend()
     right.scatter(pairs[:, 1], pairs[:, 0], s=4, alpha=0.3)
-    right.axline((pairs.mean() if len(pairs) else 0,) * 2, slope=1, color="gray")
+    right.axline([pairs[:, 1].mean() if len(pairs) else 0] * 2, slope=1, color="gray")
     right.set(title="The critic's honesty", xlabel="discounted return that followed",
               ylabel="estimate Q(s, mu(s))")
     return figure
 
 
 def run(agent, env, out):
-    """Train to the end or to Ctrl-C, and leave all results in the folder `out`. The exit status."""
-    checkpoint, pairs, status, interrupts = out / "checkpoint.npz", np.empty((0, 2)), 0, []
+    """Train to the end, or to Ctrl-C, and leave the results in the folder `out`: the exit status."""
+    path, pairs, status, interrupts = out / "checkpoint.npz", np.empty((0, 2)), 0, []
     first, begun, saved = agent.buffer.added, time.monotonic(), time.monotonic()
-    signal.signal(signal.SIGINT, lambda *_: interrupts.append(  # a second Ctrl-C does not wait
+    signal.signal(signal.SIGINT, lambda *_: interrupts.append(  # the second Ctrl-C does not wait
         signal.signal(signal.SIGINT, signal.default_int_handler)))
     try:
         for total in train(agent, env):
-            now, (steps, totals) = time.monotonic(), zip(*agent.history)
-            print(f"\repisode {len(totals)}/{agent.settings.episodes}, return {total:.1f}, mean of "
-                  f"last 10 {np.mean(totals[-10:]):.1f}, {(steps[-1] - first) / (now - begun):.0f} "
+            now, (steps, returns) = time.monotonic(), zip(*agent.history)
+            print(f"\repisode {len(returns)}/{agent.settings.episodes}, return {total:.1f}, mean of "
+                  f"last 10 {np.mean(returns[-10:]):.1f}, {(steps[-1] - first) / (now - begun):.0f} "
                   "steps/s  ", end="", flush=True)
             if interrupts:
                 raise KeyboardInterrupt
             if now > saved + 20:
-                agent.save(checkpoint)
+                agent.save(path)
                 saved = now
         returns, pairs = evaluate(agent, env)
         print(f"\nmean return of {len(returns)} fresh episodes without noise: {returns.mean():.1f}")
@@ -376,11 +375,11 @@ def run(agent, env, out):
         print(f"\ninterrupted: python ddpg.py --resume --out {out} goes on from here")
         status = 130
     except FloatingPointError as error:
-        agent.restore(read_checkpoint(checkpoint))
+        agent.restore(read_checkpoint(path))
         print(f"\nddpg.py: {error}", file=sys.stderr)
         status = 1
     finally:
-        agent.save(checkpoint)
+        agent.save(path)
         rows = [f"{i},{steps},{total}\n" for i, (steps, total) in enumerate(agent.history, 1)]
         (out / "returns.csv").write_text("".join(["episode,steps,return\n", *rows]))
         agent.actor.save(out / "actor.keras")
@@ -388,15 +387,15 @@ def run(agent, env, out):
     return status
 
 
-def watch(out, settings, gif):
-    """Play the saved actor without noise: in a window, or one episode into policy.gif."""
+def watch(out, env_id, gif):
+    """Play the actor saved in `out`: ten episodes in a window, or one into policy.gif."""
     actor = keras.models.load_model(out / "actor.keras")
-    env = make(settings.env, render_mode="rgb_array" if gif else "human")
+    env = gym.make(env_id, render_mode="rgb_array" if gif else "human")
     env = gym.wrappers.RenderCollection(env) if gif else env
     low, high = env.action_space.low, env.action_space.high
-    for seed in evaluation_seeds(settings, 1 if gif else 10):
-        steps = play(lambda s: np.clip(actor(s[None])[0], low, high), env, seed)
-        print(f"return {sum(reward for _, _, reward, _, _ in steps):.1f}")
+    for seed in EVALUATION_SEEDS[:1 if gif else 10]:
+        episode = play(lambda s: np.clip(actor(s[None])[0], low, high), env, seed)
+        print(f"return {sum(reward for _, _, reward, _, _ in episode):.1f}")
     if gif:
         first, *others = [Image.fromarray(frame).reduce(2) for frame in env.render()]
         first.save(out / "policy.gif", save_all=True, append_images=others, loop=0,
@@ -404,81 +403,64 @@ def watch(out, settings, gif):
     env.close()
 
 
-def make(name, **options):
-    """gymnasium.make, with a ValueError that names --env."""
-    try:
-        return gym.make(name, **options)
-    except (gym.error.Error, ImportError) as error:
-        raise ValueError(f"--env {name}: {error} (python -m pip list shows what is installed)")
-
-
-def fail(message):
-    print("ddpg.py:", " ".join(str(message).split()), file=sys.stderr)
-    sys.exit(2)
-
-
-def parse(arguments):
-    """The options that were given, by name, and no others."""
-    parser = argparse.ArgumentParser(description="DDPG in TensorFlow 2: train, resume or watch.",
-                                     argument_default=argparse.SUPPRESS)
-    parser.error = fail
-    for f in fields(Settings):
-        many = {"nargs": "+", "type": int} if f.type is tuple else {"type": f.type}
-        shown = " ".join(map(str, np.ravel(f.default)))
-        parser.add_argument(flag(f.name), **many, metavar="X",
-                            help=f"{f.metadata['meaning']} (default: {shown})")
+def main(arguments=None):
+    """The command line. Returns 0, 1 (diverged), 2 (bad input) or 130 (interrupted)."""
+    parser = Parser()
     parser.add_argument("--out", type=Path, help="results folder (default: runs/<env>-seed<seed>)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--watch", action="store_true", help="play the actor in --out in a window")
     parser.add_argument("--gif", action="store_true", help="play it once into policy.gif instead")
-    return vars(parser.parse_args(arguments))
-
-
-def main(arguments=None):
-    """The command line. Returns 0, 1 (diverged) or 130 (interrupted); bad input exits with 2."""
-    given = parse(arguments)
-    resume, play_only, gif = (given.pop(name, False) for name in ("resume", "watch", "gif"))
-    default = f"runs/{given.get('env', Settings.env)}-seed{given.get('seed', Settings.seed)}"
-    out = given.pop("out", Path(default))
-    path = out / "checkpoint.npz"
-    tf.config.threading.set_intra_op_parallelism_threads(1)  # faster than two for small networks
-    tf.config.threading.set_inter_op_parallelism_threads(1)
+    out = env_id = None
     try:
-        if resume or play_only or gif:
-            checkpoint = read_checkpoint(path)
-            settings = checkpoint["settings"]
-            for name, value in given.items():
-                saved = getattr(settings, name)
-                if value != saved and not (name == "episodes" and value > saved):
-                    raise ValueError(f"{flag(name)} {value} contradicts {saved} in {path}: leave it "
-                                     "out, or choose another --out")
-            settings = replace(settings, **given)
-        else:
-            settings = Settings(**given)
-            if path.exists():
-                old = read_checkpoint(path)
-                if len(old["history"]) < old["settings"].episodes:
-                    raise ValueError(f"--out {out} holds an unfinished run: add --resume to go on "
-                                     "with it, or choose another folder")
-                print(f"replacing the finished run in {out}")
-        if play_only or gif:
-            watch(out, settings, gif)
+        c = parser.parse_args(arguments)
+        out = c.out or Path(f"runs/{c.env}-seed{c.seed}")
+        path, old_run = out / "checkpoint.npz", c.resume or c.watch or c.gif
+        saved = read_checkpoint(path) if old_run or path.exists() else None
+        if old_run:
+            parser.set_defaults(**saved["settings"])
+            c = parser.parse_args(arguments)
+            for name, value in saved["settings"].items():
+                if getattr(c, name) != value and not (name == "episodes" and c.episodes > value):
+                    raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)} contradicts the "
+                                     f"{value} of {path}: leave it out, or choose another --out")
+        elif saved and len(saved["history"]) < saved["settings"]["episodes"]:
+            raise ValueError(f"--out {out} holds an unfinished run: --resume goes on with it; or "
+                             "choose another folder")
+        if c.watch or c.gif:
+            if not (c.gif or has_display()):
+                raise ValueError("--watch needs a display: use --gif instead")
+            watch(out, c.env, c.gif)
             return 0
-        env = make(settings.env)
-        agent = Agent(env, settings)
+        resume = vars(c).pop("resume")
+        [vars(c).pop(name) for name in ("out", "watch", "gif")]
+        env = gym.make(c.env)
+        agent = Agent(env, c)
         if resume:
-            agent.restore(checkpoint)
+            agent.restore(saved)
+        elif saved:
+            print(f"replacing the finished run in {out}")
         out.mkdir(parents=True, exist_ok=True)
         agent.save(path)
-    except (ValueError, MemoryError) as error:
-        fail(error)
+    except (gym.error.Error, ImportError) as error:
+        problem = f"--env {c.env}: {error}: choose one that is installed"
     except OSError as error:
-        fail(f"--out {out}: {error.strerror}: choose a folder that can be written")
-    return run(agent, env, out)
+        problem = f"--out {out}: {error.strerror}: choose a folder that can be written"
+    except (ValueError, MemoryError) as error:
+        problem = str(error)
+    else:
+        return run(agent, env, out)
+    print("ddpg.py:", " ".join(problem.split()), file=sys.stderr)
+    return 2
+
+
+def has_display():
+    return sys.platform != "linux" or bool({"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys())
 
 
 if __name__ == "__main__":
+    tf.config.threading.set_intra_op_parallelism_threads(1)  # faster than two for small networks
+    tf.config.threading.set_inter_op_parallelism_threads(1)
     status = main()
-    if status == 0 and plt.get_backend().lower() != "agg":
+    if status == 0 and has_display() and plt.get_backend().lower() != "agg":
         plt.show()
     sys.exit(status)
