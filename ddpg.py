@@ -39,6 +39,7 @@ finally:
     os.dup2(stderr, 2)
 
 EVALUATION_SEEDS = range(1_000_000, 1_000_010)
+SAVE_EVERY = 20  # seconds between checkpoints
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,10 +51,10 @@ class Parser(argparse.ArgumentParser):
         self.add("episodes", 100, "episodes to train", least=1)
         self.add("seed", 0, "source of all randomness")
         self.add("hidden", [64, 64], "hidden layer sizes of both networks", least=1)
-        self.add("actor-lr", 1e-3, "learning rate of the actor")
-        self.add("critic-lr", 1e-3, "learning rate of the critic")
+        self.add("actor-lr", 5e-4, "learning rate of the actor")
+        self.add("critic-lr", 2e-3, "learning rate of the critic")
         self.add("gamma", 0.99, "discount per step", most=1)
-        self.add("tau", 0.99, "what a target keeps of itself per update; the paper's is 1 - tau", most=1)
+        self.add("tau", 0.95, "what a target keeps of itself per update; the paper's is 1 - tau", most=1)
         self.add("q-scale", 10.0, "unit of the critic's output, in rewards")
         self.add("noise", 0.1, "sigma of the exploration noise, in half action ranges")
         self.add("noise-theta", 1.0, "1: white noise, 0.15: Ornstein-Uhlenbeck", most=1)
@@ -366,7 +367,7 @@ def run(agent, env, out):
                   "steps/s  ", end="", flush=True)
             if interrupts:
                 raise KeyboardInterrupt
-            if now > saved + 20:
+            if now > saved + SAVE_EVERY:
                 agent.save(path)
                 saved = now
         returns, pairs = evaluate(agent, env)

@@ -2,11 +2,9 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -46,10 +44,10 @@ class Line(gym.Env):
         return self.x, reward, over and self.terminates, over and not self.terminates, {}
 
 
-def small(env=None, **settings):
-    """An agent with small networks and a short warm-up."""
-    settings = {"hidden": (8, 8), "batch_size": 4, "warmup": 4, "train_every": 4} | settings
-    return ddpg.Agent(env or Line(), ddpg.Settings(**settings))
+def small(environment=None, **changes):
+    """An agent with small networks and a short warm-up, for a Line unless told otherwise."""
+    changes = {"hidden": (8, 8), "batch_size": 4, "warmup": 4, "train_every": 4} | changes
+    return ddpg.Agent(environment or Line(), ddpg.settings(**changes))
 
 
 def by_hand():
@@ -74,7 +72,7 @@ def batch_of(agent, n=1, seed=0):
 
 
 def numbers(variables):
-    return [np.array(variable) for variable in variables]
+    return [variable.numpy() for variable in variables]
 
 
 def same(first, second):
@@ -201,10 +199,12 @@ def test_actions_fill_asymmetric_bounds_and_never_leave_them():
 
 def test_noise_is_in_half_action_ranges_and_the_numpy_actor_is_the_keras_actor():
     agent = small(Line(low=(-1, -3), high=(2, 5), size=3))
-    agent.learn(1) if len(agent.buffer) else agent.copy_actor()
+    for weight in agent.actor.trainable_variables:
+        weight.assign(weight + np.random.default_rng(1).normal(0, 0.3, weight.shape))
+    agent.copy_actor()
     states = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
     np.testing.assert_allclose([agent.act(s) for s in states], agent.actor(states), rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(agent.act(states[0], 0.1) - agent.act(states[0]), [0.15, 0.4], rtol=1e-4)
+    np.testing.assert_allclose(agent.act(states[0], 0.01) - agent.act(states[0]), [0.015, 0.04], rtol=1e-3)
 
 
 @pytest.mark.parametrize("terminates", [True, False])
@@ -231,13 +231,21 @@ def test_updates_are_gradient_steps_per_environment_step(monkeypatch, updates, t
     assert all(added >= 4 and added % train_every == 0 for added, _ in done)
 
 
+def test_another_seed_gives_another_run():
+    returns = {}
+    for seed in (0, 1):
+        agent = small(episodes=2, updates=0, seed=seed)
+        returns[seed] = list(ddpg.train(agent, Line())), agent.weights[0].numpy().tolist()
+    assert returns[0][0] != returns[1][0] and returns[0][1] != returns[1][1]
+
+
 def test_it_finds_the_linear_quadratic_optimum():
     """With P_20 = 0 and P = 1 + P' / (1 + P'), no policy gets more than -P_0 x0^2 from x0."""
     p = 0.0
     for _ in range(20):
         p = 1 + p / (1 + p)
     env = Line()
-    agent = ddpg.Agent(env, ddpg.Settings(episodes=100, hidden=(32, 32), warmup=200, gamma=0.95))
+    agent = ddpg.Agent(env, ddpg.settings(episodes=100, hidden=(32, 32), warmup=200, gamma=0.95))
     list(ddpg.train(agent, env))
     returns, optimum = ddpg.evaluate(agent, env)[0], []
     for seed in ddpg.EVALUATION_SEEDS:
@@ -249,12 +257,12 @@ def test_it_finds_the_linear_quadratic_optimum():
 @pytest.mark.parametrize("seed", [1, 2])
 def test_pendulum_stands_up_within_20_episodes(seed):
     env = gym.make("Pendulum-v1")
-    agent = ddpg.Agent(env, ddpg.Settings(episodes=20, seed=seed))
+    agent = ddpg.Agent(env, ddpg.settings(episodes=20, seed=seed))
     list(ddpg.train(agent, env))
     assert np.mean(ddpg.evaluate(agent, env)[0]) > -200
 
 
-@pytest.mark.parametrize("terminates, kept", [(True, 20), (False, 6)])
+@pytest.mark.parametrize("terminates, kept", [(True, 20), (False, 7)])
 def test_honesty_compares_q_with_the_discounted_rest(terminates, kept):
     """Q is 1 everywhere, gamma 0.95: where an episode is cut off, 0.95^14 < 0.5 keeps states 0 to 6."""
     env = Line(terminates=terminates)
@@ -263,6 +271,241 @@ def test_honesty_compares_q_with_the_discounted_rest(terminates, kept):
     returns, pairs = ddpg.evaluate(agent, env)
     rewards = [t[2] for t in ddpg.play(agent.act, env, ddpg.EVALUATION_SEEDS[0])]
     assert returns[0] == pytest.approx(sum(rewards))
-    assert len(pairs) == 10 * (20 if terminates else 7) and np.all(pairs[:, 0] == 1)
+    assert len(pairs) == 10 * kept and np.all(pairs[:, 0] == 1)
     followed = sum(0.95**k * r for k, r in enumerate(rewards)) + (not terminates) * 0.95**20
     assert followed == pytest.approx(pairs[:len(pairs) // 10, 1][-1])
+
+
+def test_the_plot_shows_the_returns_and_their_mean():
+    history = [(200 * i, -float(i**2)) for i in range(1, 31)]
+    left, right = ddpg.plot(history, np.array([[1.0, 2.0], [3.0, 5.0]])).axes
+    returns, mean = (line.get_xydata() for line in left.lines)
+    np.testing.assert_array_equal(returns, [(i, -(i**2)) for i in range(1, 31)])
+    np.testing.assert_allclose(mean[:, 1], [-np.mean(np.arange(i - 9, i + 1) ** 2) for i in range(10, 31)])
+    assert mean[0, 0] == 10 and left.get_xlabel() == "episode" and "return" in left.get_ylabel()
+    np.testing.assert_array_equal(right.collections[0].get_offsets(), [[2, 1], [5, 3]])
+    assert len(ddpg.plot([], np.empty((0, 2))).axes) == 2, "a run that ended before its first episode"
+
+
+def test_without_agents_nothing_of_the_buffer_is_hidden():
+    """The buffer takes its capacity times its row, and no more."""
+    assert small(buffer_size=1000).buffer.rows.nbytes == 1000 * (1 + 1 + 1 + 1 + 1) * 4
+
+
+class Refuses(Line):
+    """Environments that ddpg.py cannot learn in, by name."""
+
+    SPACES = {"Image-v0": (gym.spaces.Box(0, 255, (4, 4), np.uint8), None),
+              "Dict-v0": (gym.spaces.Dict(x=gym.spaces.Box(-1, 1, (1,))), None),
+              "Finite-v0": (gym.spaces.Discrete(3), None),
+              "Buttons-v0": (None, gym.spaces.Discrete(3)),
+              "Unbounded-v0": (None, gym.spaces.Box(-np.inf, 1, (1,))),
+              "Table-v0": (None, gym.spaces.Box(-1, 1, (2, 2)))}
+
+    def __init__(self, name):
+        super().__init__()
+        observation, action = self.SPACES[name]
+        self.observation_space = observation or self.observation_space
+        self.action_space = action or self.action_space
+
+
+for name in Refuses.SPACES:
+    gym.register(name, lambda name=name, **_: Refuses(name), disable_env_checker=True)
+gym.register("Line-v0", Line, disable_env_checker=True)
+
+
+@pytest.mark.parametrize("options, named", [
+    *[([f"--{name}", value], (name, value)) for name, values in {
+        "episodes": ["0", "-3", "many"], "seed": ["-1"], "hidden": ["0", "8.5"], "batch-size": ["0"],
+        "buffer-size": ["0", "10"], "warmup": ["0", "10"], "train-every": ["0"], "updates": ["-1"],
+        "gamma": ["1.01", "-0.1", "nan"], "tau": ["1.01", "-0.1"], "noise-theta": ["1.01", "-0.1"],
+        "noise": ["-0.1"], "actor-lr": ["-0.001", "inf"], "critic-lr": ["-0.001"]}.items() for value in values],
+    (["--batch-size", "300", "--warmup", "200"], ("batch-size", "300", "200")),
+    (["--env", "Nowhere-v0"], ("--env", "Nowhere-v0")),
+    (["--env", "nowhere:Nowhere-v0"], ("--env", "nowhere")),
+    *[(["--env", name], (name,)) for name in Refuses.SPACES],
+    (["--resume"], ("--out", "checkpoint.npz")),
+    (["--watch"], ("--out", "checkpoint.npz")),
+    (["--gif"], ("--out", "checkpoint.npz")),
+    (["--frobnicate"], ("--frobnicate",)),
+])
+def test_bad_input_gets_one_line_and_leaves_nothing(options, named, tmp_path, capfd):
+    assert ddpg.main([*options, "--out", str(tmp_path / "out")]) == 2
+    printed = capfd.readouterr()
+    lines = [line for line in printed.err.splitlines() if "failed call to cuInit" not in line]
+    assert len(lines) == 1 and lines[0].startswith("ddpg.py: "), printed.err
+    assert all(word in lines[0] for word in named) and printed.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_used_is_refused_before_training(tmp_path, capfd):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for out in (file, file / "below", Path("/proc/nowhere")):
+        assert ddpg.main(["--out", str(out)]) == 2
+        assert str(out) in capfd.readouterr().err
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("damage", ["foreign", "cut", "empty", "pickle"])
+def test_a_damaged_checkpoint_is_refused_in_one_line(damage, tmp_path, capfd):
+    path = tmp_path / "checkpoint.npz"
+    small().save(path)
+    if damage == "foreign":
+        np.savez(path, x=np.ones(3))
+    elif damage == "pickle":
+        np.savez(path, settings=np.array([{}], dtype=object))
+    else:
+        path.write_bytes(path.read_bytes()[:{"cut": -100, "empty": 0}[damage]])
+    before = path.read_bytes()
+    for option in (["--resume"], []):
+        assert ddpg.main([*option, "--out", str(tmp_path)]) == 2
+        err = capfd.readouterr().err
+        assert str(path) in err and err.count("\n") == 1
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_runs_are_finished_resumed_replaced_or_refused_as_they_should(tmp_path, capfd):
+    run = ["--env", "Line-v0", "--out", str(tmp_path), "--batch-size", "4", "--warmup", "20", "--hidden", "4", "--updates", "0"]
+    small(episodes=3, env="Line-v0", updates=0).save(tmp_path / "checkpoint.npz")
+    assert ddpg.main(run) == 2 and "--resume" in capfd.readouterr().err, "an unfinished run was overwritten"
+    assert ddpg.main([*run, "--resume"]) == 2
+    err = capfd.readouterr().err
+    assert "contradicts" in err and ("--hidden [4]" in err and "[8, 8]" in err)
+    assert ddpg.main(["--out", str(tmp_path), "--resume"]) == 0
+    finished = (tmp_path / "returns.csv").read_text().splitlines()
+    assert finished[0] == "episode,steps,return" and [row.split(",")[:2] for row in finished[1:]] == [
+        ["1", "20"], ["2", "40"], ["3", "60"]]
+    assert ddpg.main(["--out", str(tmp_path), "--resume", "--episodes", "4"]) == 0
+    assert (tmp_path / "returns.csv").read_text().splitlines()[:4] == finished
+    assert ddpg.main([*run, "--episodes", "1"]) == 0 and "replac" in capfd.readouterr().out
+    assert len((tmp_path / "returns.csv").read_text().splitlines()) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "actor.keras", "checkpoint.npz", "returns.csv", "returns.png"]
+
+
+def test_divergence_is_named_and_leaves_the_last_good_checkpoint(tmp_path, capfd):
+    """The reward overflows float32 in the third episode, after a checkpoint that is still good."""
+    env = Line(length=10)
+    env.step = lambda action, step=env.step: (lambda x, r, *rest: (x, r * 1e30 ** (env.episode > 2), *rest))(*step(action))
+    env.episode, reset = 0, env.reset
+    def counting_reset(**options):
+        env.episode += 1
+        return reset(**options)
+    env.reset = counting_reset
+    agent = small(env, episodes=5)
+    agent.save(tmp_path / "checkpoint.npz")
+    assert ddpg.run(agent, env, tmp_path) == 1
+    assert "episode 3" in capfd.readouterr().err
+    saved = ddpg.read_checkpoint(tmp_path / "checkpoint.npz")
+    assert all(np.isfinite(saved[f"arr_{i}"]).all() for i in range(len(agent.variables)))
+
+
+def test_an_exception_of_the_environment_keeps_what_was_learned(tmp_path):
+    env = Line(length=10)
+    agent = small(env, episodes=5, updates=0)
+    def broken_reset(reset=env.reset, **options):
+        if len(agent.history) == 3:
+            raise RuntimeError("unplugged")
+        return reset(**options)
+    env.reset = broken_reset
+    with pytest.raises(RuntimeError, match="unplugged"):
+        ddpg.run(agent, env, tmp_path)
+    assert len((tmp_path / "returns.csv").read_text().splitlines()) == 4
+    again = small(episodes=5, seed=1)
+    again.restore(ddpg.read_checkpoint(tmp_path / "checkpoint.npz"))
+    assert same(numbers(again.variables), numbers(agent.variables))
+    assert again.history == agent.history and (tmp_path / "actor.keras").exists()
+
+
+def start(code, *arguments):
+    """`python -c code arguments`, with ddpg imported and a checkpoint at every episode's end."""
+    return subprocess.Popen(
+        [sys.executable, "-u", "-c", f"import sys, ddpg, keras, numpy as np; {code}", *map(str, arguments)],
+        cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "MPLBACKEND": "agg"})
+
+
+TRAIN = "ddpg.SAVE_EVERY = 0; sys.exit(ddpg.main(sys.argv[1:]))"
+
+
+def wait_for(process, text):
+    """Read the process's progress line until `text` is in it."""
+    seen = b""
+    while text not in seen:
+        byte = process.stdout.read(1)
+        assert byte, process.stderr.read().decode()
+        seen += byte
+
+
+def finish(process, status=0):
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == status, err.decode()
+    return out.decode(), err.decode()
+
+
+def test_the_same_seed_gives_the_same_digits_through_kills_and_interrupts(tmp_path):
+    """One run is left alone, one is killed twice, one gets a Ctrl-C; the last two are resumed."""
+    def run(name, *options):
+        return start(TRAIN, "--out", tmp_path / name, *options)
+
+    def returns(name):
+        return (tmp_path / name / "returns.csv").read_text()
+
+    def stop(process, text, number):
+        wait_for(process, text)
+        process.send_signal(number)
+        return process
+
+    short = ["--hidden", "8", "8", "--batch-size", "16", "--warmup", "100", "--episodes", "12"]
+    whole, killed = run("whole", *short), stop(run("killed", *short), b"episode 3/", signal.SIGKILL)
+    out, err = finish(whole)
+    assert err == "" and "without noise" in out
+    interrupted = stop(run("interrupted", *short), b"episode 4/", signal.SIGINT)
+    killed.wait()
+    killed = stop(run("killed", "--resume"), b"episode 6/", signal.SIGKILL)
+    out, err = finish(interrupted, 130)
+    assert err == "" and "--resume" in out and (tmp_path / "interrupted" / "actor.keras").exists()
+    so_far = returns("interrupted").splitlines()
+    assert 5 <= len(so_far) < 13 and so_far == returns("whole").splitlines()[:len(so_far)]
+    killed.wait()
+    killed, interrupted = run("killed", "--resume"), run("interrupted", "--resume")
+    finish(killed), finish(interrupted)
+    assert returns("killed") == returns("interrupted") == returns("whole")
+    assert len(returns("whole").splitlines()) == 13
+
+    agent = ddpg.Agent(gym.make("Pendulum-v1"), ddpg.settings(
+        hidden=(8, 8), batch_size=16, warmup=100, episodes=12))
+    agent.restore(ddpg.read_checkpoint(tmp_path / "whole" / "checkpoint.npz"))
+    states = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    plain = subprocess.run(
+        [sys.executable, "-c", "import json, keras, sys; states = keras.ops.array(json.loads(sys.argv[2])); "
+         "print(keras.models.load_model(sys.argv[1])(states).numpy().tolist())",
+         tmp_path / "whole" / "actor.keras", json.dumps(states.tolist())], capture_output=True, check=True, cwd="/")
+    loaded = np.array(json.loads(plain.stdout))
+    assert loaded.shape == (5, 1) and np.ptp(loaded) > 0
+    np.testing.assert_allclose(loaded, [agent.act(state) for state in states], rtol=1e-4, atol=1e-5)
+
+
+def test_import_has_no_side_effects_and_help_names_every_default(tmp_path, capsys):
+    code = ("import threading, os; before = set(os.listdir()); import ddpg, matplotlib.pyplot as plt, signal; "
+            "assert plt.get_fignums() == [] and set(os.listdir()) == before; "
+            "assert ddpg.tf.config.threading.get_intra_op_parallelism_threads() == 0; "
+            "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=tmp_path,
+                          env={**os.environ, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1"})
+    assert done.returncode == 0 and done.stdout + done.stderr == b"", done.stderr.decode()
+    text = ddpg.Parser().format_help()
+    for name, value in vars(ddpg.settings()).items():
+        assert f"--{name.replace('_', '-')}" in text and f"default: {value}" in " ".join(text.split())
+
+
+def test_a_gif_needs_no_display(tmp_path, capfd):
+    env = gym.make("Pendulum-v1")
+    agent = ddpg.Agent(env, ddpg.settings())
+    agent.save(tmp_path / "checkpoint.npz")
+    agent.actor.save(tmp_path / "actor.keras")
+    assert ddpg.main(["--gif", "--out", str(tmp_path)]) == 0
+    with ddpg.Image.open(tmp_path / "policy.gif") as gif:
+        assert gif.n_frames > 100 and gif.info["duration"] > 20
+    total = sum(t[2] for t in ddpg.play(agent.act, env, ddpg.EVALUATION_SEEDS[0]))
+    assert f"return {total:.1f}" in capfd.readouterr().out
