@@ -162,7 +162,8 @@ class Agent:
                              f"--buffer-size {c.buffer_size}: lower the one or raise the other")
         (n,), (m,) = env.observation_space.shape, env.action_space.shape
         self.low, self.high = env.action_space.low, env.action_space.high
-        self.middle, self.half_range = (self.high + self.low) / 2, (self.high - self.low) / 2
+        self.middle, self.half_range = self.high / 2 + self.low / 2, self.high / 2 - self.low / 2
+        self.half_range[self.half_range == 0] = 1  # of an action that can only be one number
         self.settings, self.rng = c, np.random.default_rng(c.seed)
         self.buffer, self.history = ReplayBuffer(c.buffer_size, n, m), []
         self.columns = [n, m, 1, n, 1]  # of the buffer's rows: s, a, r, s', d
@@ -272,7 +273,8 @@ def read_checkpoint(path):
     """What Agent.save wrote, by name. Raises ValueError if it is missing, cut short or foreign."""
     try:
         with np.load(path) as file:
-            return dict(file) | {"settings": json.loads(str(file["settings"]))}
+            saved = {name: file[name] for name in ("rows", "added", "history", "rng", *file)}
+        return saved | {"settings": vars(settings(**json.loads(str(saved["settings"]))))}
     except Exception as error:
         raise ValueError(f"--out: no whole checkpoint at {path} ({error}): choose another folder")
 
@@ -461,7 +463,10 @@ def has_display():
 if __name__ == "__main__":
     tf.config.threading.set_intra_op_parallelism_threads(1)  # faster than two for small networks
     tf.config.threading.set_inter_op_parallelism_threads(1)
-    status = main()
+    try:
+        status = main()
+    except KeyboardInterrupt:
+        status = 130
     if status == 0 and has_display() and plt.get_backend().lower() != "agg":
         plt.show()
     sys.exit(status)
