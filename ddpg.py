@@ -51,10 +51,10 @@ class Parser(argparse.ArgumentParser):
         self.add("episodes", 100, "episodes to train", least=1)
         self.add("seed", 0, "source of all randomness")
         self.add("hidden", [64, 64], "hidden layer sizes of both networks", least=1)
-        self.add("actor-lr", 5e-4, "learning rate of the actor")
+        self.add("actor-lr", 1e-3, "learning rate of the actor")
         self.add("critic-lr", 2e-3, "learning rate of the critic")
         self.add("gamma", 0.99, "discount per step", most=1)
-        self.add("tau", 0.95, "what a target keeps of itself per update; the paper's is 1 - tau", most=1)
+        self.add("tau", 0.99, "share of itself that a target keeps; the paper's is 1 - tau", most=1)
         self.add("q-scale", 10.0, "unit of the critic's output, in rewards")
         self.add("noise", 0.1, "sigma of the exploration noise, in half action ranges")
         self.add("noise-theta", 1.0, "1: white noise, 0.15: Ornstein-Uhlenbeck", most=1)
@@ -90,14 +90,15 @@ def settings(**changes):
 def ann(input_size, layer_sizes, output_activation, rng):
     """A network (batch, input_size) -> (batch, layer_sizes[-1]), its hidden layers relu (section 2).
 
-    The actor's output activation is "tanh", the critic's None, which is linear. Weights start as
-    `rng` seeds them, those of the last layer near 0, so that no action starts out at its bound.
+    The actor's output activation is "tanh"; the critic's is None, linear. The last layer starts
+    near 0, as in the paper, so that no action starts at its bound. `rng` seeds the weights.
     """
+    seeds = iter(rng.integers(2**31, size=len(layer_sizes)).tolist())
     network = keras.Sequential([keras.Input((input_size,))])
     for size in layer_sizes[:-1]:
-        start = keras.initializers.GlorotUniform(seed=int(rng.integers(2**31)))
+        start = keras.initializers.GlorotUniform(next(seeds))
         network.add(keras.layers.Dense(size, "relu", kernel_initializer=start))
-    start = keras.initializers.RandomUniform(-3e-3, 3e-3, seed=int(rng.integers(2**31)))
+    start = keras.initializers.RandomUniform(-3e-3, 3e-3, next(seeds))
     network.add(keras.layers.Dense(layer_sizes[-1], output_activation, kernel_initializer=start))
     return network
 
@@ -320,10 +321,10 @@ def train(agent, env):
 
 
 def evaluate(agent, env):
-    """Ten returns without noise, and pairs of Q(s, mu(s)) with the discounted return that followed.
+    """Ten returns without noise, and pairs (Q(s, mu(s)), discounted return that followed), (k, 2).
 
-    Where an episode is cut off, Q of its last state stands for the rest, and only states are kept
-    after which this rest weighs less than the rewards that were seen (section 10).
+    Where an episode is cut off, Q of its last state stands for the rest; states are left out where
+    this rest would weigh more than the rewards that were seen (section 10).
     """
     returns, pairs = [], []
     for seed in EVALUATION_SEEDS:
