@@ -58,7 +58,7 @@ class Parser(argparse.ArgumentParser):
         self.add("q-scale", 10.0, "unit of the critic's output, in rewards")
         self.add("noise", 0.1, "sigma of the exploration noise, in half action ranges")
         self.add("noise-theta", 1.0, "1: white noise, 0.15: Ornstein-Uhlenbeck", most=1)
-        self.add("batch-size", 128, "transitions in a batch, N", least=1)
+        self.add("batch-size", 64, "transitions in a batch, N", least=1)
         self.add("buffer-size", 100_000, "transitions remembered", least=1)
         self.add("warmup", 200, "first steps, with random actions and no training", least=1)
         self.add("train-every", 50, "environment steps in a block; the paper's is 1", least=1)
@@ -130,13 +130,14 @@ class ReplayBuffer:
     def __len__(self):
         return min(self.added, len(self.rows))
 
-    def add(self, *transition):
-        self.rows[self.added % len(self.rows)] = np.hstack(transition)
+    def add(self, state, action, reward, next_state, terminated):
+        row = np.concatenate([state, action, [reward], next_state, [terminated]])
+        self.rows[self.added % len(self.rows)] = row
         self.added += 1
 
     def sample(self, rng, *shape):
         """Rows drawn uniformly with replacement, shape + (row,): a batch, or a stack of batches."""
-        return self.rows[rng.integers(len(self), size=shape)]
+        return self.rows.take(rng.integers(len(self), size=shape), axis=0)
 
 
 def soft_update(targets, sources, tau):
@@ -186,7 +187,7 @@ class Agent:
         self.critic_optimizer.build(self.critic.trainable_variables)
         self.variables = [*self.weights, *self.target_weights,
                           *self.actor_optimizer.variables, *self.critic_optimizer.variables]
-        self.copy_actor()
+        self.copy_actor(self.actor.trainable_variables)
 
     def critic_loss(self, s, a, r, s_next, d):
         """L = 1/N sum (y - Q(s, a))^2 with y = r + gamma (1 - d) Q'(s', mu'(s')) (section 5).
@@ -217,7 +218,7 @@ class Agent:
 
     @tf.function(jit_compile=True)
     def train_block(self, batches):
-        """Train on a stack of batches (k, N, row); return whether losses and weights are finite.
+        """Train on a stack of batches (k, N, row); return if all is finite, and the actor's weights.
 
         A call to TensorFlow costs more than the arithmetic of networks this small, so a whole
         block of gradient steps is compiled into one call (section 9).
@@ -227,18 +228,21 @@ class Agent:
             s, a, r, s_next, d = tf.split(batch, self.columns, axis=1)
             losses = tf.stack([self.critic_step(s, a, r, s_next, d), self.actor_step(s)])
             soft_update(self.target_weights, self.weights, self.settings.tau)
-        return tf.reduce_all([tf.reduce_all(tf.math.is_finite(x)) for x in [losses, *self.weights]])
+        finite = [tf.reduce_all(tf.math.is_finite(x)) for x in [losses, *self.weights]]
+        return tf.reduce_all(finite), [tf.identity(w) for w in self.actor.trainable_variables]
 
     def learn(self, steps):
         """`steps` gradient steps on fresh samples. Raises FloatingPointError when they diverge."""
-        if not self.train_block(self.buffer.sample(self.rng, steps, self.settings.batch_size)):
+        batches = self.buffer.sample(self.rng, steps, self.settings.batch_size)
+        finite, actor_weights = self.train_block(batches)
+        if not finite:
             raise FloatingPointError(f"episode {len(self.history) + 1}: a loss or a weight is no longer "
                                      "finite; try lower learning rates, or look for huge rewards")
-        self.copy_actor()
+        self.copy_actor(actor_weights)
 
-    def copy_actor(self):
+    def copy_actor(self, weights):
         """Copy mu to NumPy, where acting costs a hundredth of a call to Keras."""
-        weights = [w.numpy() for w in self.actor.trainable_variables]
+        weights = [w.numpy() for w in weights]
         self.layers = list(zip(weights[::2], weights[1::2]))
 
     def act(self, state, noise=0.0):
@@ -247,7 +251,7 @@ class Agent:
             x = state @ kernel + bias
             state = np.maximum(x, 0)
         action = self.middle + self.half_range * (np.tanh(x) + noise)
-        return np.clip(action, self.low, self.high).astype(self.low.dtype)
+        return np.minimum(np.maximum(action, self.low), self.high).astype(self.low.dtype)
 
     def save(self, path):
         """Write all that decides the future to `path`: all or nothing, and without pickle."""
@@ -267,7 +271,7 @@ class Agent:
         self.buffer.rows[:len(self.buffer)] = saved["rows"]
         self.history = [(int(steps), total) for steps, total in saved["history"].tolist()]
         self.rng.bit_generator.state = json.loads(str(saved["rng"]))
-        self.copy_actor()
+        self.copy_actor(self.actor.trainable_variables)
 
 
 def read_checkpoint(path):
