@@ -439,6 +439,8 @@ def main(arguments=None):
                 raise ValueError("--watch needs a display: use --gif instead")
             watch(out, c.env, c.gif)
             return 0
+        if max(c.hidden, default=0) < 128:  # below, two threads lose more to waiting than they win
+            tf.config.threading.set_intra_op_parallelism_threads(1)
         resume = vars(c).pop("resume")
         [vars(c).pop(name) for name in ("out", "watch", "gif")]
         env = gym.make(c.env)
@@ -466,8 +468,6 @@ def has_display():
 
 
 if __name__ == "__main__":
-    tf.config.threading.set_intra_op_parallelism_threads(1)  # faster than two for small networks
-    tf.config.threading.set_inter_op_parallelism_threads(1)
     try:
         status = main()
     except KeyboardInterrupt:

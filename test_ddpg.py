@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,6 @@ import tensorflow as tf
 
 HERE = Path(__file__).parent
 tf.config.threading.set_intra_op_parallelism_threads(1)
-tf.config.threading.set_inter_op_parallelism_threads(1)
 
 
 class Line(gym.Env):
@@ -507,3 +507,22 @@ def test_a_gif_needs_no_display(tmp_path, capfd):
         assert gif.n_frames > 100 and gif.info["duration"] > 20
     total = sum(t[2] for t in ddpg.play(agent.act, env, ddpg.EVALUATION_SEEDS[0]))
     assert f"return {total:.1f}" in capfd.readouterr().out
+
+
+def test_the_readme_and_the_program_agree():
+    """Cited sections exist, named functions exist, excerpts are verbatim, settings and tests are real."""
+    readme, program = (HERE / "README.md").read_text(), (HERE / "ddpg.py").read_text()
+    sections = set(re.findall(r"^## (\d+)\.", readme, re.M))
+    cited = set(re.findall(r"sections? (\d+)", program))
+    assert cited and cited <= sections
+    notes = readme[readme.index("# The notes"):readme.index("# Your own environment")]
+    excerpts = re.findall(r"```python\n(.*?)```", notes, re.S)
+    assert len(excerpts) >= 8 and all(excerpt in program for excerpt in excerpts)
+    for name in re.findall(r"`((?:ddpg\.)?[A-Za-z_]+(?:\.[a-z_]+)?)(?:\([^`]*\))?`", notes):
+        where = ddpg
+        for part in name.removeprefix("ddpg.").split("."):
+            where = globals().get(part) or getattr(where, part)
+    for option in set(re.findall(r"--[a-z][a-z-]+", readme)) - {"--help"}:
+        assert f'"{option[2:]}"' in program or f'"{option}"' in program, option
+    python = re.search(r"```python\n(import gymnasium.*?)```", readme, re.S)[1]
+    assert compile(python, "README.md", "exec")
