@@ -1,4 +1,4 @@
-"""Deep Deterministic Policy Gradient (DDPG) in one file, to be read top to bottom beside its theory.
+"""Deep Deterministic Policy Gradient (DDPG) in one file, to be read beside its theory.
 
 An actor mu maps a state s to an action a; a critic Q estimates the return that follows the pair.
 The critic learns from replayed transitions, the actor climbs the critic's slope, and slow copies of
@@ -74,8 +74,9 @@ class Parser(argparse.ArgumentParser):
                 raise argparse.ArgumentTypeError(f"{text} is out of range: choose {bounds}")
             return value
 
-        self.add_argument(f"--{name}", type=number, nargs="*" if isinstance(default, list) else None,
-                          default=default, help=f"{meaning} (default: %(default)s)", metavar="X")
+        several = "*" if isinstance(default, list) else None
+        self.add_argument(f"--{name}", type=number, nargs=several, default=default, metavar="X",
+                          help=f"{meaning} (default: %(default)s)")
 
     def error(self, message):
         raise ValueError(message)
@@ -88,7 +89,7 @@ def settings(**changes):
 
 
 def ann(input_size, layer_sizes, output_activation, rng):
-    """A network (batch, input_size) -> (batch, layer_sizes[-1]), its hidden layers relu (section 2).
+    """A network (N, input_size) -> (N, layer_sizes[-1]), its hidden layers relu (section 2).
 
     The actor's output activation is "tanh"; the critic's is None, linear. The last layer starts
     near 0, as in the paper, so that no action starts at its bound. `rng` seeds the weights.
@@ -104,7 +105,7 @@ def ann(input_size, layer_sizes, output_activation, rng):
 
 
 class Noise:
-    """n <- (1 - theta) n + sigma N(0, I), added to the policy's actions from outside (section 3)."""
+    """n <- (1 - theta) n + sigma N(0, I), added to actions from outside the actor (section 3)."""
 
     def __init__(self, size, sigma, theta, rng):
         self.n, self.sigma, self.theta, self.rng = np.zeros(size), sigma, theta, rng
@@ -154,11 +155,11 @@ class Agent:
     """
 
     def __init__(self, env, c):
-        for space, bounds in ((env.observation_space, ""), (env.action_space, " with finite bounds")):
+        for space, bounds in ((env.observation_space, ""), (env.action_space, " of finite bounds")):
             if not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1
                     and (space.is_bounded() or not bounds)):
-                raise ValueError(f"environment {env.unwrapped}: {space} is not a one-dimensional Box"
-                                 f"{bounds}: wrap it into one (gymnasium.wrappers), or choose another")
+                raise ValueError(f"environment {env.unwrapped}: {space} is not a one-dimensional "
+                                 f"Box{bounds}: wrap the environment, or choose another")
         if c.batch_size > min(c.warmup, c.buffer_size):
             raise ValueError(f"--batch-size {c.batch_size} is more than --warmup {c.warmup} or "
                              f"--buffer-size {c.buffer_size}: lower the one or raise the other")
@@ -171,19 +172,21 @@ class Agent:
         self.columns = [n, m, 1, n, 1]  # of the buffer's rows: s, a, r, s', d
 
         s, a, scaling = keras.Input((n,)), keras.Input((m,)), keras.layers.Rescaling
+        scale, shift = 1 / self.half_range, -self.middle / self.half_range
         to_units = scaling(self.half_range.tolist(), self.middle.tolist())
-        from_units = scaling((1 / self.half_range).tolist(), (-self.middle / self.half_range).tolist())
+        from_units = scaling(scale.tolist(), shift.tolist())
         mu, q = ann(n, [*c.hidden, m], "tanh", self.rng), ann(n + m, [*c.hidden, 1], None, self.rng)
         pair = keras.layers.Concatenate()([s, from_units(a)])
         self.actor = keras.Model(s, to_units(mu(s)))
         self.critic = keras.Model([s, a], scaling(c.q_scale)(q(pair)))
-        self.target_actor, self.target_critic = map(keras.models.clone_model, (self.actor, self.critic))
+        self.target_actor = keras.models.clone_model(self.actor)
+        self.target_critic = keras.models.clone_model(self.critic)
         self.weights = self.actor.variables + self.critic.variables
         self.target_weights = self.target_actor.variables + self.target_critic.variables
         soft_update(self.target_weights, self.weights, tau=0)
         self.actor_optimizer = keras.optimizers.Adam(c.actor_lr)
-        self.actor_optimizer.build(self.actor.trainable_variables)
         self.critic_optimizer = keras.optimizers.Adam(c.critic_lr)
+        self.actor_optimizer.build(self.actor.trainable_variables)
         self.critic_optimizer.build(self.critic.trainable_variables)
         self.variables = [*self.weights, *self.target_weights,
                           *self.actor_optimizer.variables, *self.critic_optimizer.variables]
@@ -218,7 +221,7 @@ class Agent:
 
     @tf.function(jit_compile=True)
     def train_block(self, batches):
-        """Train on a stack of batches (k, N, row); return if all is finite, and the actor's weights.
+        """Train on a stack of batches (k, N, row): is all finite, and the actor's new weights.
 
         A call to TensorFlow costs more than the arithmetic of networks this small, so a whole
         block of gradient steps is compiled into one call (section 9).
@@ -236,8 +239,8 @@ class Agent:
         batches = self.buffer.sample(self.rng, steps, self.settings.batch_size)
         finite, actor_weights = self.train_block(batches)
         if not finite:
-            raise FloatingPointError(f"episode {len(self.history) + 1}: a loss or a weight is no longer "
-                                     "finite; try lower learning rates, or look for huge rewards")
+            raise FloatingPointError(f"episode {len(self.history) + 1} diverged: a loss or weight "
+                                     "is not finite; try lower learning rates, or look at the rewards")
         self.copy_actor(actor_weights)
 
     def copy_actor(self, weights):
@@ -361,7 +364,7 @@ def plot(history, pairs):
 
 
 def run(agent, env, out):
-    """Train to the end, or to Ctrl-C, and leave the results in the folder `out`: the exit status."""
+    """Train to the end or to Ctrl-C, leave the results in the folder `out`; the exit status."""
     path, pairs, status, interrupts = out / "checkpoint.npz", np.empty((0, 2)), 0, []
     first, begun, saved = agent.buffer.added, time.monotonic(), time.monotonic()
     signal.signal(signal.SIGINT, lambda *_: interrupts.append(  # the second Ctrl-C does not wait
@@ -369,9 +372,9 @@ def run(agent, env, out):
     try:
         for total in train(agent, env):
             now, (steps, returns) = time.monotonic(), zip(*agent.history)
-            print(f"\repisode {len(returns)}/{agent.settings.episodes}, return {total:.1f}, mean of "
-                  f"last 10 {np.mean(returns[-10:]):.1f}, {(steps[-1] - first) / (now - begun):.0f} "
-                  "steps/s  ", end="", flush=True)
+            speed, last_ten = (steps[-1] - first) / (now - begun), np.mean(returns[-10:])
+            print(f"\repisode {len(returns)}/{agent.settings.episodes}, return {total:.1f}, "
+                  f"mean of last 10 {last_ten:.1f}, {speed:.0f} steps/s  ", end="", flush=True)
             if interrupts:
                 raise KeyboardInterrupt
             if now > saved + SAVE_EVERY:
@@ -429,15 +432,18 @@ def main(arguments=None):
             c = parser.parse_args(arguments)
             for name, value in saved["settings"].items():
                 if getattr(c, name) != value and not (name == "episodes" and c.episodes > value):
-                    raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)} contradicts the "
-                                     f"{value} of {path}: leave it out, or choose another --out")
+                    raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)} contradicts "
+                                     f"{value} in {path}: leave it out, or choose another --out")
         elif saved and len(saved["history"]) < saved["settings"]["episodes"]:
             raise ValueError(f"--out {out} holds an unfinished run: --resume goes on with it; or "
                              "choose another folder")
         if c.watch or c.gif:
             if not (c.gif or has_display()):
                 raise ValueError("--watch needs a display: use --gif instead")
-            watch(out, c.env, c.gif)
+            try:
+                watch(out, c.env, c.gif)
+            except Exception as error:
+                raise ValueError(f"--{'gif' if c.gif else 'watch'} cannot show {c.env}: {error}")
             return 0
         if max(c.hidden, default=0) < 128:  # below, two threads lose more to waiting than they win
             tf.config.threading.set_intra_op_parallelism_threads(1)

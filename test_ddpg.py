@@ -509,6 +509,17 @@ def test_a_gif_needs_no_display(tmp_path, capfd):
     assert f"return {total:.1f}" in capfd.readouterr().out
 
 
+def test_what_cannot_be_watched_says_so_in_one_line(tmp_path, monkeypatch, capfd):
+    agent = small(env="Line-v0")
+    agent.save(tmp_path / "checkpoint.npz")
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    for option, named in (("--watch", "display"), ("--gif", "actor.keras")):
+        assert ddpg.main([option, "--out", str(tmp_path)]) == 2
+        err = capfd.readouterr().err
+        assert option in err and named in err and err.count("\n") == 1
+
+
 def test_the_readme_and_the_program_agree():
     """Cited sections exist, named functions exist, excerpts are verbatim, settings and tests are real."""
     readme, program = (HERE / "README.md").read_text(), (HERE / "ddpg.py").read_text()
