@@ -30,15 +30,15 @@ import numpy as np
 from PIL import Image
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-stderr = os.dup(2)
+saved_stderr = os.dup(2)
 os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # TensorFlow's first lines heed no log level
 try:
     import keras
     import tensorflow as tf
 finally:
-    os.dup2(stderr, 2)
+    os.dup2(saved_stderr, 2)
 
-EVALUATION_SEEDS = range(1_000_000, 1_000_010)
+EVALUATION_SEEDS = range(1_000_000, 1_000_010)  # the same ten starts for every run
 SAVE_EVERY = 20  # seconds between checkpoints
 
 
@@ -46,7 +46,8 @@ class Parser(argparse.ArgumentParser):
     """Every setting that decides a run, with its meaning, range and default."""
 
     def __init__(self):
-        super().__init__(description="Train a DDPG agent, resume its training, or watch it.")
+        super().__init__(description="Train a DDPG agent, resume its training, or watch it.",
+                         allow_abbrev=False)
         self.add("env", "Pendulum-v1", "Gymnasium environment; module:Name-v0 for one of your own")
         self.add("episodes", 100, "episodes to train", least=1)
         self.add("seed", 0, "source of all randomness")
@@ -55,7 +56,7 @@ class Parser(argparse.ArgumentParser):
         self.add("critic-lr", 2e-3, "learning rate of the critic")
         self.add("gamma", 0.99, "discount per step", most=1)
         self.add("tau", 0.99, "share of itself that a target keeps; the paper's is 1 - tau", most=1)
-        self.add("q-scale", 10.0, "unit of the critic's output, in rewards")
+        self.add("q-scale", 10.0, "unit of the critic's output, in rewards", least=1e-9)
         self.add("noise", 0.1, "sigma of the exploration noise, in half action ranges")
         self.add("noise-theta", 1.0, "1: white noise, 0.15: Ornstein-Uhlenbeck", most=1)
         self.add("batch-size", 64, "transitions in a batch, N", least=1)
@@ -74,6 +75,7 @@ class Parser(argparse.ArgumentParser):
                 raise argparse.ArgumentTypeError(f"{text} is out of range: choose {bounds}")
             return value
 
+        number.__name__ = kind.__name__  # argparse names it when the text is no such number
         several = "*" if isinstance(default, list) else None
         self.add_argument(f"--{name}", type=number, nargs=several, default=default, metavar="X",
                           help=f"{meaning} (default: %(default)s)")
@@ -132,7 +134,9 @@ class ReplayBuffer:
         return min(self.added, len(self.rows))
 
     def add(self, state, action, reward, next_state, terminated):
-        row = np.concatenate([state, action, [reward], next_state, [terminated]])
+        row = np.concatenate([state, action, [reward], next_state, [terminated]], dtype=np.float32)
+        if not np.isfinite(row).all():
+            raise FloatingPointError("the environment gave a state or reward that is not finite")
         self.rows[self.added % len(self.rows)] = row
         self.added += 1
 
@@ -151,44 +155,47 @@ class Agent:
     """Four networks, two optimizers, the memory, and the history [(steps so far, return), ...].
 
     Learns in any `env` with one-dimensional Box observations (n,) and bounded Box actions (m,), in
-    the environment's own units throughout. ValueError if `env` or the settings `c` do not fit.
+    the environment's own units throughout. ValueError if `env` or the settings do not fit.
     """
 
-    def __init__(self, env, c):
+    def __init__(self, env, settings):
         for space, bounds in ((env.observation_space, ""), (env.action_space, " of finite bounds")):
             if not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1
                     and (space.is_bounded() or not bounds)):
                 raise ValueError(f"environment {env.unwrapped}: {space} is not a one-dimensional "
                                  f"Box{bounds}: wrap the environment, or choose another")
-        if c.batch_size > min(c.warmup, c.buffer_size):
-            raise ValueError(f"--batch-size {c.batch_size} is more than --warmup {c.warmup} or "
-                             f"--buffer-size {c.buffer_size}: lower the one or raise the other")
+        if settings.batch_size > min(settings.warmup, settings.buffer_size):
+            raise ValueError(f"--batch-size {settings.batch_size} is more than --warmup "
+                             f"{settings.warmup} or --buffer-size {settings.buffer_size}: "
+                             "lower the one or raise the other")
         (n,), (m,) = env.observation_space.shape, env.action_space.shape
-        self.low, self.high = env.action_space.low, env.action_space.high
-        self.middle, self.half_range = self.high / 2 + self.low / 2, self.high / 2 - self.low / 2
-        self.half_range[self.half_range == 0] = 1  # of an action that can only be one number
-        self.settings, self.rng = c, np.random.default_rng(c.seed)
-        self.buffer, self.history = ReplayBuffer(c.buffer_size, n, m), []
+        self.settings, self.rng = settings, np.random.default_rng(settings.seed)
+        self.buffer, self.history = ReplayBuffer(settings.buffer_size, n, m), []
         self.columns = [n, m, 1, n, 1]  # of the buffer's rows: s, a, r, s', d
+        self.low, self.high = env.action_space.low, env.action_space.high
+        self.middle = self.high / 2 + self.low / 2
+        self.half_range = self.high / 2 - self.low / 2
+        self.half_range[self.half_range == 0] = 1  # of an action that can only be one number
 
-        s, a, scaling = keras.Input((n,)), keras.Input((m,)), keras.layers.Rescaling
-        scale, shift = 1 / self.half_range, -self.middle / self.half_range
-        to_units = scaling(self.half_range.tolist(), self.middle.tolist())
-        from_units = scaling(scale.tolist(), shift.tolist())
-        mu, q = ann(n, [*c.hidden, m], "tanh", self.rng), ann(n + m, [*c.hidden, 1], None, self.rng)
-        pair = keras.layers.Concatenate()([s, from_units(a)])
-        self.actor = keras.Model(s, to_units(mu(s)))
-        self.critic = keras.Model([s, a], scaling(c.q_scale)(q(pair)))
+        s, a = keras.Input((n,)), keras.Input((m,))
+        unit_a = keras.layers.Rescaling((1 / self.half_range).tolist(),
+                                        (-self.middle / self.half_range).tolist())(a)
+        mu = ann(n, [*settings.hidden, m], "tanh", self.rng)
+        q = ann(n + m, [*settings.hidden, 1], None, self.rng)
+        self.actor = keras.Model(s, keras.layers.Rescaling(
+            self.half_range.tolist(), self.middle.tolist())(mu(s)))
+        self.critic = keras.Model([s, a], keras.layers.Rescaling(settings.q_scale)(
+            q(keras.layers.Concatenate()([s, unit_a]))))
         self.target_actor = keras.models.clone_model(self.actor)
         self.target_critic = keras.models.clone_model(self.critic)
         self.weights = self.actor.variables + self.critic.variables
         self.target_weights = self.target_actor.variables + self.target_critic.variables
         soft_update(self.target_weights, self.weights, tau=0)
-        self.actor_optimizer = keras.optimizers.Adam(c.actor_lr)
-        self.critic_optimizer = keras.optimizers.Adam(c.critic_lr)
+        self.actor_optimizer = keras.optimizers.Adam(settings.actor_lr)
+        self.critic_optimizer = keras.optimizers.Adam(settings.critic_lr)
         self.actor_optimizer.build(self.actor.trainable_variables)
         self.critic_optimizer.build(self.critic.trainable_variables)
-        self.variables = [*self.weights, *self.target_weights,
+        self.variables = [*self.weights, *self.target_weights,  # all that a checkpoint keeps
                           *self.actor_optimizer.variables, *self.critic_optimizer.variables]
         self.copy_actor(self.actor.trainable_variables)
 
@@ -224,9 +231,9 @@ class Agent:
         """Train on a stack of batches (k, N, row): is all finite, and the actor's new weights.
 
         A call to TensorFlow costs more than the arithmetic of networks this small, so a whole
-        block of gradient steps is compiled into one call (section 9).
+        block of gradient steps is compiled into one call, loop and all (section 9).
         """
-        losses = tf.zeros(2)
+        losses = tf.zeros(2)  # of the last batch: what is not finite earlier stays in the weights
         for batch in batches:
             s, a, r, s_next, d = tf.split(batch, self.columns, axis=1)
             losses = tf.stack([self.critic_step(s, a, r, s_next, d), self.actor_step(s)])
@@ -239,26 +246,30 @@ class Agent:
         batches = self.buffer.sample(self.rng, steps, self.settings.batch_size)
         finite, actor_weights = self.train_block(batches)
         if not finite:
-            raise FloatingPointError(f"episode {len(self.history) + 1} diverged: a loss or weight "
-                                     "is not finite; try lower learning rates, or look at the rewards")
+            raise FloatingPointError("a loss or a weight is no longer finite; try lower learning "
+                                     "rates, or look for huge rewards")
         self.copy_actor(actor_weights)
 
     def copy_actor(self, weights):
         """Copy mu to NumPy, where acting costs a hundredth of a call to Keras."""
-        weights = [w.numpy() for w in weights]
-        self.layers = list(zip(weights[::2], weights[1::2]))
+        self.copies = [w.numpy() for w in weights]
 
     def act(self, state, noise=0.0):
-        """a = mu(s) + n for one state (n,), clipped to the bounds: (m,). Noise in half ranges."""
-        for kernel, bias in self.layers:
+        """a = mu(s) + n for one state (n,), an action (m,). Noise is in half action ranges."""
+        for kernel, bias in zip(self.copies[::2], self.copies[1::2]):
             x = state @ kernel + bias
-            state = np.maximum(x, 0)
-        action = self.middle + self.half_range * (np.tanh(x) + noise)
-        return np.minimum(np.maximum(action, self.low), self.high).astype(self.low.dtype)
+            state = np.maximum(x, 0)  # of the last layer unused: that x goes into tanh
+        return self.bounded(self.middle + self.half_range * (np.tanh(x) + noise))
+
+    def bounded(self, action):
+        """`action` within its bounds, as the kind of number that the environment takes."""
+        action = np.minimum(np.maximum(action, self.low), self.high)
+        return (np.rint(action) if self.low.dtype.kind in "iu" else action).astype(self.low.dtype)
 
     def save(self, path):
         """Write all that decides the future to `path`: all or nothing, and without pickle."""
-        part = Path(path).with_suffix(".part")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
         with open(part, "wb") as file:
             np.savez(file, *[v.numpy() for v in self.variables], added=self.buffer.added,
                      rows=self.buffer.rows[:len(self.buffer)], history=np.array(self.history),
@@ -284,7 +295,8 @@ def read_checkpoint(path):
             saved = {name: file[name] for name in ("rows", "added", "history", "rng", *file)}
         return saved | {"settings": vars(settings(**json.loads(str(saved["settings"]))))}
     except Exception as error:
-        raise ValueError(f"--out: no whole checkpoint at {path} ({error}): choose another folder")
+        raise ValueError(f"--out {path.parent}: no whole checkpoint in {path.name} ({error}): "
+                         "train first, or choose another folder")
 
 
 def play(policy, env, seed):
@@ -304,25 +316,25 @@ def train(agent, env):
     Nothing is under way then, so a run can be saved or stopped there. Each episode's reset has a
     seed of its own, drawn from the agent's, so that a resumed run repeats it.
     """
-    c, buffer, rng = agent.settings, agent.buffer, agent.rng
-    noise = Noise(len(agent.low), c.noise, c.noise_theta, rng)
+    settings, buffer, rng = agent.settings, agent.buffer, agent.rng
+    noise = Noise(len(agent.low), settings.noise, settings.noise_theta, rng)
 
     def explore(state):
-        if buffer.added < c.warmup:
-            return rng.uniform(agent.low, agent.high).astype(agent.low.dtype)
+        if buffer.added < settings.warmup:
+            return agent.bounded(rng.uniform(agent.low, agent.high))
         return agent.act(state, noise.sample())
 
-    while len(agent.history) < c.episodes:
+    while len(agent.history) < settings.episodes:
         noise.reset()
         total = 0.0
         for transition in play(explore, env, seed=int(rng.integers(2**31))):
             buffer.add(*transition)
             total += transition[2]
-            if buffer.added >= c.warmup and buffer.added % c.train_every == 0:
-                before = buffer.added - c.train_every
-                steps = int(c.updates * buffer.added) - int(c.updates * before)
-                if steps:
-                    agent.learn(steps)
+            step, block = buffer.added, settings.train_every
+            if step >= settings.warmup and step % block == 0:  # what is due now, less what was due
+                due = int(settings.updates * step) - int(settings.updates * (step - block))
+                if due:
+                    agent.learn(due)
         agent.history.append((buffer.added, total))
         yield total
 
@@ -331,7 +343,7 @@ def evaluate(agent, env):
     """Ten returns without noise, and pairs (Q(s, mu(s)), discounted return that followed), (k, 2).
 
     Where an episode is cut off, Q of its last state stands for the rest; states are left out where
-    this rest would weigh more than the rewards that were seen (section 10).
+    this rest would weigh half or more (section 10).
     """
     returns, pairs = [], []
     for seed in EVALUATION_SEEDS:
@@ -339,7 +351,7 @@ def evaluate(agent, env):
         states = tf.stack([*states, next_states[-1]])
         estimates = agent.critic([states, agent.actor(states)]).numpy()[:, 0]
         followed, rest = (0.0, 0.0) if terminated[-1] else (estimates[-1], 1.0)
-        for estimate, reward in zip(estimates[-2::-1], rewards[::-1]):
+        for estimate, reward in zip(estimates[-2::-1], rewards[::-1]):  # from the end backwards
             followed, rest = reward + agent.settings.gamma * followed, agent.settings.gamma * rest
             if rest < 0.5:
                 pairs.append((estimate, followed))
@@ -358,17 +370,21 @@ def plot(history, pairs):
     left.legend()
     right.scatter(pairs[:, 1], pairs[:, 0], s=4, alpha=0.3)
     right.axline([pairs[:, 1].mean() if len(pairs) else 0] * 2, slope=1, color="gray")
-    right.set(title="The critic's honesty", xlabel="discounted return that followed",
-              ylabel="estimate Q(s, mu(s))")
+    right.set(title="The critic's honesty" if len(pairs) else "no state far from the time limit",
+              xlabel="discounted return that followed", ylabel="estimate Q(s, mu(s))")
     return figure
 
 
 def run(agent, env, out):
     """Train to the end or to Ctrl-C, leave the results in the folder `out`; the exit status."""
-    path, pairs, status, interrupts = out / "checkpoint.npz", np.empty((0, 2)), 0, []
+    path, pairs, status, interrupts = Path(out) / "checkpoint.npz", np.empty((0, 2)), 0, []
+    agent.save(path)
     first, begun, saved = agent.buffer.added, time.monotonic(), time.monotonic()
-    signal.signal(signal.SIGINT, lambda *_: interrupts.append(  # the second Ctrl-C does not wait
-        signal.signal(signal.SIGINT, signal.default_int_handler)))
+
+    def interrupt(*_):  # the first Ctrl-C waits for the episode's end, the second does not
+        interrupts.append(signal.signal(signal.SIGINT, before))
+
+    before = signal.signal(signal.SIGINT, interrupt)
     try:
         for total in train(agent, env):
             now, (steps, returns) = time.monotonic(), zip(*agent.history)
@@ -386,20 +402,27 @@ def run(agent, env, out):
         print(f"\ninterrupted: python ddpg.py --resume --out {out} goes on from here")
         status = 130
     except FloatingPointError as error:
+        print(f"\nddpg.py: episode {len(agent.history) + 1} diverged: {error}", file=sys.stderr)
         agent.restore(read_checkpoint(path))
-        print(f"\nddpg.py: {error}", file=sys.stderr)
         status = 1
     finally:
+        signal.signal(signal.SIGINT, before)
         agent.save(path)
         rows = [f"{i},{steps},{total}\n" for i, (steps, total) in enumerate(agent.history, 1)]
-        (out / "returns.csv").write_text("".join(["episode,steps,return\n", *rows]))
-        agent.actor.save(out / "actor.keras")
-        plot(agent.history, pairs).savefig(out / "returns.png")
+        path.with_name("returns.csv").write_text("".join(["episode,steps,return\n", *rows]))
+        agent.actor.save(path.with_name("actor.keras"))
+        plot(agent.history, pairs).savefig(path.with_name("returns.png"))
     return status
+
+
+def has_display():
+    return sys.platform != "linux" or bool({"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys())
 
 
 def watch(out, env_id, gif):
     """Play the actor saved in `out`: ten episodes in a window, or one into policy.gif."""
+    if not gif and not has_display():
+        raise ValueError("there is no display; --gif needs none")
     actor = keras.models.load_model(out / "actor.keras")
     env = gym.make(env_id, render_mode="rgb_array" if gif else "human")
     env = gym.wrappers.RenderCollection(env) if gif else env
@@ -421,44 +444,43 @@ def main(arguments=None):
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--watch", action="store_true", help="play the actor in --out in a window")
     parser.add_argument("--gif", action="store_true", help="play it once into policy.gif instead")
-    out = env_id = None
     try:
-        c = parser.parse_args(arguments)
-        out = c.out or Path(f"runs/{c.env}-seed{c.seed}")
-        path, old_run = out / "checkpoint.npz", c.resume or c.watch or c.gif
+        chosen = parser.parse_args(arguments)
+        out = chosen.out or Path(f"runs/{chosen.env}-seed{chosen.seed}")
+        path, old_run = out / "checkpoint.npz", chosen.resume or chosen.watch or chosen.gif
         saved = read_checkpoint(path) if old_run or path.exists() else None
         if old_run:
             parser.set_defaults(**saved["settings"])
-            c = parser.parse_args(arguments)
-            for name, value in saved["settings"].items():
-                if getattr(c, name) != value and not (name == "episodes" and c.episodes > value):
-                    raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)} contradicts "
-                                     f"{value} in {path}: leave it out, or choose another --out")
+            chosen = parser.parse_args(arguments)
+            for name, kept in saved["settings"].items():
+                value = getattr(chosen, name)
+                if value != kept and not (name == "episodes" and value > kept):
+                    raise ValueError(f"--{name.replace('_', '-')} {value} contradicts {kept} in "
+                                     f"{path}: leave it out, or choose another --out")
         elif saved and len(saved["history"]) < saved["settings"]["episodes"]:
             raise ValueError(f"--out {out} holds an unfinished run: --resume goes on with it; or "
                              "choose another folder")
-        if c.watch or c.gif:
-            if not (c.gif or has_display()):
-                raise ValueError("--watch needs a display: use --gif instead")
+        if chosen.watch or chosen.gif:
             try:
-                watch(out, c.env, c.gif)
+                watch(out, chosen.env, chosen.gif)
             except Exception as error:
-                raise ValueError(f"--{'gif' if c.gif else 'watch'} cannot show {c.env}: {error}")
+                option = "--gif" if chosen.gif else "--watch"
+                raise ValueError(f"{option} cannot show {chosen.env}: {error}")
             return 0
-        if max(c.hidden, default=0) < 128:  # below, two threads lose more to waiting than they win
+        if max(chosen.hidden, default=0) < 128:  # for networks this small, one is faster than two
             tf.config.threading.set_intra_op_parallelism_threads(1)
-        resume = vars(c).pop("resume")
-        [vars(c).pop(name) for name in ("out", "watch", "gif")]
-        env = gym.make(c.env)
-        agent = Agent(env, c)
+        resume = chosen.resume
+        for name in ("out", "resume", "watch", "gif"):
+            delattr(chosen, name)
+        env = gym.make(chosen.env)
+        agent = Agent(env, chosen)
         if resume:
             agent.restore(saved)
         elif saved:
             print(f"replacing the finished run in {out}")
-        out.mkdir(parents=True, exist_ok=True)
         agent.save(path)
     except (gym.error.Error, ImportError) as error:
-        problem = f"--env {c.env}: {error}: choose one that is installed"
+        problem = f"--env {chosen.env}: {error}: choose one that is installed"
     except OSError as error:
         problem = f"--out {out}: {error.strerror}: choose a folder that can be written"
     except (ValueError, MemoryError) as error:
@@ -467,10 +489,6 @@ def main(arguments=None):
         return run(agent, env, out)
     print("ddpg.py:", " ".join(problem.split()), file=sys.stderr)
     return 2
-
-
-def has_display():
-    return sys.platform != "linux" or bool({"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys())
 
 
 if __name__ == "__main__":

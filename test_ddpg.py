@@ -359,7 +359,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(damage, tmp_path, capfd):
     for option in (["--resume"], []):
         assert ddpg.main([*option, "--out", str(tmp_path)]) == 2
         err = capfd.readouterr().err
-        assert str(path) in err and err.count("\n") == 1
+        assert str(tmp_path) in err and path.name in err and err.count("\n") == 1
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
@@ -397,6 +397,24 @@ def test_divergence_is_named_and_leaves_the_last_good_checkpoint(tmp_path, capfd
     assert "episode 3" in capfd.readouterr().err
     saved = ddpg.read_checkpoint(tmp_path / "checkpoint.npz")
     assert all(np.isfinite(saved[f"arr_{i}"]).all() for i in range(len(agent.variables)))
+
+
+def test_a_reward_that_is_no_number_never_reaches_the_memory(tmp_path, capfd):
+    env = Line(length=10)
+    env.step = lambda action, step=env.step: (lambda x, r, *rest: (x, r * np.nan, *rest))(*step(action))
+    agent = small(env, warmup=50)
+    assert ddpg.run(agent, env, str(tmp_path / "new")) == 1
+    assert "episode 1" in capfd.readouterr().err and len(agent.buffer) == 0
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "Ctrl-C was not given back"
+
+
+def test_whole_number_actions_are_rounded_and_reach_their_bounds():
+    env = Line()
+    env.action_space = gym.spaces.Box(-2, 2, (1,), np.int64)
+    agent = small(env, noise=1.0, warmup=50, episodes=10, updates=0)
+    list(ddpg.train(agent, env))
+    for actions in (env.actions[:50], env.actions[50:]):
+        assert set(np.ravel(actions)) == {-2, -1, 0, 1, 2}
 
 
 def test_an_exception_of_the_environment_keeps_what_was_learned(tmp_path):
