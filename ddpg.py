@@ -228,7 +228,7 @@ class Agent:
 
     @tf.function(jit_compile=True)
     def train_block(self, batches):
-        """Train on a stack of batches (k, N, row): is all finite, and the actor's new weights.
+        """Train on each of k batches (k, N, row). Returns if all is finite, and mu's new weights.
 
         A call to TensorFlow costs more than the arithmetic of networks this small, so a whole
         block of gradient steps is compiled into one call, loop and all (section 9).
@@ -251,7 +251,7 @@ class Agent:
         self.copy_actor(actor_weights)
 
     def copy_actor(self, weights):
-        """Copy mu to NumPy, where acting costs a hundredth of a call to Keras."""
+        """Copy mu to NumPy, where acting costs less than a hundredth of a call to Keras."""
         self.copies = [w.numpy() for w in weights]
 
     def act(self, state, noise=0.0):
@@ -331,7 +331,8 @@ def train(agent, env):
             buffer.add(*transition)
             total += transition[2]
             step, block = buffer.added, settings.train_every
-            if step >= settings.warmup and step % block == 0:  # what is due now, less what was due
+            if step >= settings.warmup and step % block == 0:
+                # `updates` may be a fraction: steps due by now, less those due a block ago
                 due = int(settings.updates * step) - int(settings.updates * (step - block))
                 if due:
                     agent.learn(due)
@@ -378,7 +379,7 @@ def plot(history, pairs):
 def run(agent, env, out):
     """Train to the end or to Ctrl-C, leave the results in the folder `out`; the exit status."""
     path, pairs, status, interrupts = Path(out) / "checkpoint.npz", np.empty((0, 2)), 0, []
-    agent.save(path)
+    agent.save(path)  # the good state to return to should the very first episodes diverge
     first, begun, saved = agent.buffer.added, time.monotonic(), time.monotonic()
 
     def interrupt(*_):  # the first Ctrl-C waits for the episode's end, the second does not
