@@ -54,7 +54,7 @@ SETTINGS = {  # name: default, least, most, meaning
     "buffer_size": (100_000, 1, 10**9, "transitions remembered"),
     "warmup": (200, 1, 10**9, "first steps, with random actions and no training"),
     "train_every": (50, 1, 10**6, "environment steps in a block; the paper's is 1"),
-    "updates": (1.0, 0, 1000, "gradient steps per environment step"),
+    "updates": (2.0, 0, 1000, "gradient steps per environment step"),
 }
 EVALUATION_SEEDS = range(1_000_000, 1_000_010)  # the same ten starts for every run
 SAVE_EVERY = 20  # seconds between checkpoints
@@ -90,7 +90,8 @@ def ann(input_size, layer_sizes, output_activation, seed):
         start = keras.initializers.GlorotUniform(seed)
         network.add(keras.layers.Dense(size, "relu", kernel_initializer=start))
     start = keras.initializers.RandomUniform(-3e-3, 3e-3, seed)
-    network.add(keras.layers.Dense(layer_sizes[-1], output_activation, kernel_initializer=start))
+    network.add(keras.layers.Dense(layer_sizes[-1], kernel_initializer=start))
+    network.add(keras.layers.Activation(output_activation))
     return network
 
 
@@ -162,6 +163,7 @@ class Agent:
 
         seed = keras.random.SeedGenerator(settings.seed)
         self.actor = ann(n, [*settings.hidden, m], "tanh", seed)
+        self.before_tanh = keras.Sequential(self.actor.layers[:-1])
         s, a = keras.Input((n,)), keras.Input((m,))
         q = ann(n + m, [*settings.hidden, 1], None, seed)(keras.layers.Concatenate()([s, a]))
         self.critic = keras.Model([s, a], keras.layers.Rescaling(settings.q_scale)(q))
@@ -188,8 +190,13 @@ class Agent:
         return tf.reduce_mean((y - self.critic([s, a])) ** 2)
 
     def actor_loss(self, s):
-        """J = -1/N sum Q(s, mu(s)) (section 6), s: (N, n). To go down it is to go up Q."""
-        return -tf.reduce_mean(self.critic([s, self.actor(s)]))
+        """J = -1/N sum Q(s, mu(s)) (section 6), s: (N, n). To go down it is to go up Q.
+
+        Where tanh(x) is flat, beyond 3, no slope would lead back: a toll keeps x from going there.
+        """
+        x = self.before_tanh(s)
+        toll = tf.reduce_mean(tf.nn.relu(tf.abs(x) - 3) ** 2)
+        return toll - tf.reduce_mean(self.critic([s, self.actor(s)]))
 
     @tf.function(jit_compile=True)
     def train_block(self, batches):
@@ -374,6 +381,7 @@ def watch(agent, env, gif=None):
     """Play without noise and print the returns: ten episodes in a window, or one into `gif`."""
     if not gif and sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & {*os.environ}:
         raise OSError("--watch finds no display: try --gif")
+    os.environ.setdefault("SDL_FRAMEBUFFER_ACCELERATION", "0")  # OpenGL's LLVM crashes TensorFlow's
     frames = []
     for seed in EVALUATION_SEEDS[:1 if gif else None]:
         total = 0.0

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import ddpg  # first, as it silences what TensorFlow says when it starts
 import gymnasium as gym
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -92,6 +93,17 @@ def test_actor_loss_is_minus_the_mean_value_of_its_actions():
     """Q(s, mu(s)) = s + 6 tanh(s) + 1 at s = 0, 1, -2."""
     expected = -np.mean([1, 2 + 6 * np.tanh(1), -1 - 6 * np.tanh(2)])
     assert float(by_hand().actor_loss(column(0, 1, -2))) == pytest.approx(expected)
+
+
+def test_an_actor_in_the_flat_of_tanh_pays_a_toll_and_comes_back():
+    """At x = s + 20, tanh has no slope left. The toll is 17^2 and 16^2; Q = s + 7 is 7 and 6."""
+    agent = by_hand()
+    agent.actor.set_weights([np.array([[1.0]]), np.array([20.0])])
+    s = column(0, -1)
+    assert float(agent.actor_loss(s)) == pytest.approx((17**2 + 16**2) / 2 - 6.5)
+    for _ in range(100):
+        ddpg.descend(lambda: agent.actor_loss(s), agent.actor, agent.actor_optimizer)
+    assert np.all(np.abs(agent.before_tanh(s)) < 19.95)
 
 
 def test_actor_gradient_is_the_chain_rule_and_raises_q():
@@ -237,6 +249,16 @@ def test_updates_are_gradient_steps_per_environment_step(monkeypatch, updates, t
     list(ddpg.train(agent, env))
     assert sum(steps for _, steps in done) == pytest.approx(sum(expected), abs=1)
     assert all(added >= 4 and added % train_every == 0 for added, _ in done)
+
+
+def test_a_block_is_one_call_to_tensorflow(monkeypatch):
+    """40 steps with 2 gradient steps each, in blocks of 8: 5 calls of 16, and none to act."""
+    env, calls = Line(length=10), []
+    agent = small(env, episodes=4, updates=2.0, train_every=8, warmup=8)
+    monkeypatch.setattr(agent, "train_block", lambda batches: calls.append(batches.shape) or True)
+    monkeypatch.setattr(keras.Model, "__call__", None)
+    list(ddpg.train(agent, env))
+    assert calls == [(16, 4, 5)] * 5
 
 
 def test_another_seed_gives_another_run():
