@@ -12,6 +12,8 @@ Lillicrap et al. 2015 (arXiv:1509.02971) is the map of this file; sections are t
     actor's loss -Q(s, mu(s))                   Agent.actor_loss     section 6
     theta' <- tau theta' + (1 - tau) theta      soft_update          section 7
     for each episode, for each step             train                section 8
+    the steps of a block in one call            Agent.train_block    section 9
+    what Q promised against what followed       evaluate             section 10
 
 `python ddpg.py` teaches a pendulum to stand up; `python ddpg.py --help` lists every setting.
 """
@@ -30,29 +32,29 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-stderr = os.dup(2)
-os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # TensorFlow's first lines heed no log level
+real_stderr = os.dup(2)  # no setting silences all that TensorFlow prints while it loads
+os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 try:
     import keras
     import tensorflow as tf
 finally:
-    os.dup2(stderr, 2)
+    os.dup2(real_stderr, 2)
 
 SETTINGS = {  # name: default, least, most, meaning
     "env": ("Pendulum-v1", None, None, "Gymnasium environment; module:Name-v0 for your own"),
     "episodes": (100, 1, 10**9, "episodes to train"),
     "seed": (0, 0, 2**31 - 1, "source of all randomness"),
-    "hidden": ([64, 64], 1, 10**5, "hidden layer sizes of both networks"),
+    "hidden": ([64, 64], 1, 10**5, "hidden layer sizes of both networks; none: linear"),
     "actor_lr": (1e-3, 0, 1, "learning rate of the actor"),
     "critic_lr": (2e-3, 0, 1, "learning rate of the critic"),
     "gamma": (0.99, 0, 1, "discount per step"),
     "tau": (0.99, 0, 1, "share of itself that a target keeps; the paper's tau is 1 - this"),
-    "q_scale": (10.0, 1e-9, 1e9, "unit of the critic's output, in rewards"),
-    "noise": (0.1, 0, 10, "sigma of the exploration noise, in half action ranges"),
+    "q_scale": (10.0, 1e-9, 1e9, "factor on the critic's output"),
+    "noise": (0.1, 0, 10, "sigma of the exploration noise; 1 is half an action's range"),
     "noise_theta": (1.0, 0, 1, "1: white noise; 0.15: Ornstein-Uhlenbeck, the paper's"),
     "batch_size": (64, 1, 10**6, "transitions in a batch, N"),
-    "buffer_size": (100_000, 1, 10**9, "transitions remembered"),
-    "warmup": (200, 1, 10**9, "first steps, with random actions and no training"),
+    "buffer_size": (100_000, 1, 10**8, "transitions remembered"),
+    "warmup": (200, 1, 10**9, "environment steps before training, with random actions"),
     "train_every": (50, 1, 10**6, "environment steps in a block; the paper's is 1"),
     "updates": (2.0, 0, 1000, "gradient steps per environment step"),
 }
@@ -61,7 +63,7 @@ SAVE_EVERY = 20  # seconds between checkpoints
 
 
 def settings(**changes):
-    """SETTINGS as a namespace, default but for `changes`. Raises ValueError naming what is wrong."""
+    """The default settings with `changes`, as a namespace. ValueError names what is wrong."""
     for name, value in changes.items():
         if name not in SETTINGS:
             raise ValueError(f"no setting is called {name}: choose from {', '.join(SETTINGS)}")
@@ -70,8 +72,8 @@ def settings(**changes):
             raise ValueError(f"{flag(name)} {value} is out of range: choose {least} to {most}")
     chosen = argparse.Namespace(**{name: row[0] for name, row in SETTINGS.items()} | changes)
     if chosen.batch_size > min(chosen.warmup, chosen.buffer_size):
-        raise ValueError(f"--batch-size {chosen.batch_size} is more than --warmup {chosen.warmup} or "
-                         f"--buffer-size {chosen.buffer_size}: lower it")
+        raise ValueError(f"--batch-size {chosen.batch_size} is more than --warmup {chosen.warmup} "
+                         f"or --buffer-size {chosen.buffer_size}: lower it, or raise that")
     return chosen
 
 
@@ -82,21 +84,19 @@ def flag(name):
 def ann(input_size, layer_sizes, output_activation, seed):
     """A network (N, input_size) -> (N, layer_sizes[-1]), its hidden layers relu (section 2).
 
-    The actor's output activation is "tanh"; the critic's is None, linear. The last layer starts
-    near 0, as in the paper, so that no action starts at its bound. `seed` draws the weights.
+    The last layer starts near 0, as in the paper. `seed` is a keras.random.SeedGenerator.
     """
-    network = keras.Sequential([keras.Input((input_size,))])
-    for size in layer_sizes[:-1]:
-        start = keras.initializers.GlorotUniform(seed)
-        network.add(keras.layers.Dense(size, "relu", kernel_initializer=start))
-    start = keras.initializers.RandomUniform(-3e-3, 3e-3, seed)
-    network.add(keras.layers.Dense(layer_sizes[-1], kernel_initializer=start))
-    network.add(keras.layers.Activation(output_activation))
-    return network
+    *hidden, last = layer_sizes
+    glorot, near_0 = keras.initializers.GlorotUniform, keras.initializers.RandomUniform
+    return keras.Sequential([
+        keras.Input((input_size,)),
+        *[keras.layers.Dense(size, "relu", kernel_initializer=glorot(seed)) for size in hidden],
+        keras.layers.Dense(last, kernel_initializer=near_0(-3e-3, 3e-3, seed)),
+        keras.layers.Activation(output_activation)])
 
 
 def noise(size, sigma, theta, rng):
-    """n <- (1 - theta) n + sigma N(0, I), one (size,) after the other, from n = 0 (section 3)."""
+    """Yields n (size,) for each step: n <- (1 - theta) n + sigma N(0, I), from 0 (section 3)."""
     n = np.zeros(size)
     while True:
         n = (1 - theta) * n + sigma * rng.standard_normal(size)
@@ -125,12 +125,12 @@ class ReplayBuffer:
         self.added += 1
 
     def sample(self, rng, *shape):
-        """Rows drawn uniformly with replacement, shape + (row,): a batch, or a stack of batches."""
+        """Rows drawn uniformly with replacement: with shape k, N it is k batches, (k, N, row)."""
         return self.rows.take(rng.integers(len(self), size=shape), axis=0)
 
 
 def descend(loss, network, optimizer):
-    """One gradient step of `network`, and of nothing else, down the value of loss(), returned."""
+    """Move the weights of `network`, and nothing else, one step down loss(). Returns loss()."""
     with tf.GradientTape() as tape:
         value = loss()
     optimizer.apply(tape.gradient(value, network.trainable_variables))
@@ -146,24 +146,24 @@ def soft_update(targets, sources, tau):
 class Agent:
     """Four networks, two optimizers, the memory, and the history [[steps so far, return], ...].
 
-    Learns in any `env` with one-dimensional Box observations (n,) and bounded Box actions (m,), of
-    which it sees each as [-1, 1] (section 2). ValueError if `env` does not fit.
+    Learns in any `env` whose observations are a Box of shape (n,) and whose actions are a bounded
+    Box of shape (m,), each of which it sees as [-1, 1] (section 2). ValueError for any other.
     """
 
     def __init__(self, env, settings):
-        spaces = [env.observation_space, env.action_space]
-        if not (all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
-                and env.action_space.is_bounded()):
-            raise ValueError(f"observations {spaces[0]} and actions {spaces[1]} must both be a Box "
-                             "of one dimension, and the actions bounded: wrap the environment")
-        (n,), (m,) = [space.shape for space in spaces]
+        seen, done = env.observation_space, env.action_space
+        if not (all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1
+                    for space in (seen, done)) and done.is_bounded()):
+            raise ValueError(f"observations {seen} and actions {done} must each be a Box of one "
+                             "dimension, that of the actions bounded: wrap the environment")
+        (n,), (m,) = seen.shape, done.shape
         self.settings, self.rng = settings, np.random.default_rng(settings.seed)
         self.buffer, self.history = ReplayBuffer(settings.buffer_size, n, m), []
-        self.low, self.high = [bound.astype(float) for bound in (spaces[1].low, spaces[1].high)]
+        self.low, self.high = done.low.astype(float), done.high.astype(float)
 
         seed = keras.random.SeedGenerator(settings.seed)
         self.actor = ann(n, [*settings.hidden, m], "tanh", seed)
-        self.before_tanh = keras.Sequential(self.actor.layers[:-1])
+        self.before_tanh = keras.Sequential(self.actor.layers[:-1])  # the same layers but the last
         s, a = keras.Input((n,)), keras.Input((m,))
         q = ann(n + m, [*settings.hidden, 1], None, seed)(keras.layers.Concatenate()([s, a]))
         self.critic = keras.Model([s, a], keras.layers.Rescaling(settings.q_scale)(q))
@@ -171,14 +171,14 @@ class Agent:
         self.target_critic = keras.models.clone_model(self.critic)
         self.weights = self.actor.variables + self.critic.variables
         self.target_weights = self.target_actor.variables + self.target_critic.variables
-        soft_update(self.target_weights, self.weights, tau=0)
+        soft_update(self.target_weights, self.weights, tau=0)  # they start as copies
         self.actor_optimizer = keras.optimizers.Adam(settings.actor_lr)
         self.critic_optimizer = keras.optimizers.Adam(settings.critic_lr)
-        self.actor_optimizer.build(self.actor.variables)
+        self.actor_optimizer.build(self.actor.variables)  # so that a checkpoint has where to go
         self.critic_optimizer.build(self.critic.variables)
-        self.variables = [*self.weights, *self.target_weights,  # all that a checkpoint keeps
+        self.variables = [*self.weights, *self.target_weights,
                           *self.actor_optimizer.variables, *self.critic_optimizer.variables]
-        self.numpy_actor = self.actor.get_weights()
+        self.numpy_actor = self.actor.get_weights()  # act() in NumPy costs 1/100 of a Keras call
 
     def critic_loss(self, s, a, r, s_next, d):
         """L = 1/N sum (y - Q(s, a))^2 with y = r + gamma (1 - d) Q'(s', mu'(s')) (section 5).
@@ -190,22 +190,21 @@ class Agent:
         return tf.reduce_mean((y - self.critic([s, a])) ** 2)
 
     def actor_loss(self, s):
-        """J = -1/N sum Q(s, mu(s)) (section 6), s: (N, n). To go down it is to go up Q.
+        """J + toll with J = -1/N sum Q(s, mu(s)) (section 6), s: (N, n). Less of it is more Q.
 
-        Where tanh(x) is flat, beyond 3, no slope would lead back: a toll keeps x from going there.
+        Beyond |x| = 3, tanh(x) is flat and lets no gradient through, so such an x costs a toll.
         """
         x = self.before_tanh(s)
         toll = tf.reduce_mean(tf.nn.relu(tf.abs(x) - 3) ** 2)
-        return toll - tf.reduce_mean(self.critic([s, self.actor(s)]))
+        return toll - tf.reduce_mean(self.critic([s, tf.tanh(x)]))
 
     @tf.function(jit_compile=True)
     def train_block(self, batches):
         """Train on each of k batches (k, N, row). Returns whether losses and weights are finite.
 
-        A call to TensorFlow costs more than the arithmetic of networks this small, so a whole
-        block of gradient steps is compiled into one call, loop and all (section 9).
+        A call to TensorFlow costs more than one gradient step, so a whole block is one (section 9).
         """
-        losses = tf.zeros(2)  # of the last batch: what is not finite earlier stays in the weights
+        losses = tf.zeros(2)  # only the last are checked: an earlier nan is in the weights by then
         for batch in batches:
             s, a, r, s_next, d = tf.split(batch, self.buffer.columns, axis=1)
             losses = tf.stack([
@@ -217,38 +216,41 @@ class Agent:
 
     def learn(self, steps):
         """`steps` gradient steps on fresh samples. Raises FloatingPointError when they diverge."""
-        if not self.train_block(self.buffer.sample(self.rng, steps, self.settings.batch_size)):
+        batches = self.buffer.sample(self.rng, steps, self.settings.batch_size)
+        if steps and not self.train_block(batches):
             raise FloatingPointError("a loss or a weight is no longer finite; try lower learning "
                                      "rates, or look for huge rewards")
-        self.numpy_actor = self.actor.get_weights()  # acting in NumPy costs 1/100 of a Keras call
+        self.numpy_actor = self.actor.get_weights()
 
     def act(self, state, noise=0.0):
         """a = mu(s) + n for one state (n,): an action (m,) in [-1, 1]."""
+        h = state
         for kernel, bias in zip(self.numpy_actor[::2], self.numpy_actor[1::2]):
-            x = state @ kernel + bias
-            state = np.maximum(x, 0)  # of the last layer unused: that x goes into tanh
-        return np.minimum(np.maximum(np.tanh(x) + noise, -1), 1)
+            x = h @ kernel + bias
+            h = np.maximum(x, 0)
+        return np.clip(np.tanh(x) + noise, -1, 1)
 
     def policy(self):
         """The actor as a Keras model (N, n) -> (N, m) of actions in the environment's own units."""
         return keras.Sequential([self.actor, keras.layers.Rescaling(
-            (self.high / 2 - self.low / 2).tolist(), (self.high / 2 + self.low / 2).tolist())])
+            ((self.high - self.low) / 2).tolist(), ((self.high + self.low) / 2).tolist())])
 
     def save(self, path):
         """Write all that decides the future to `path`: all or nothing, and without pickle."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        with open(part, "wb") as file:
-            np.savez(file, *[v.numpy() for v in self.variables], added=self.buffer.added,
-                     rows=self.buffer.rows[:len(self.buffer)], history=self.history,
-                     rng=json.dumps(self.rng.bit_generator.state),
-                     settings=json.dumps(vars(self.settings)))
+        part = path.with_suffix(".part.npz")
+        np.savez(part, *[v.numpy() for v in self.variables], added=self.buffer.added,
+                 rows=self.buffer.rows[:len(self.buffer)], history=self.history,
+                 rng=json.dumps(self.rng.bit_generator.state),
+                 settings=json.dumps(vars(self.settings)))
         part.replace(path)
 
     def restore(self, saved):
-        """Become the agent whose checkpoint was read."""
+        """Become the agent that was saved. ValueError if that was one for another environment."""
+        if saved["rows"].shape[1:] != self.buffer.rows.shape[1:]:
+            raise ValueError("its checkpoint is of an environment with other sizes")
         for i, variable in enumerate(self.variables):
-            variable.assign(saved[f"arr_{i}"])
+            variable.assign(saved[f"arr_{i}"])  # as numpy.savez calls what has no name
         self.buffer.added, self.history = int(saved["added"]), saved["history"].tolist()
         self.buffer.rows[:len(self.buffer)] = saved["rows"]
         self.rng.bit_generator.state = json.loads(str(saved["rng"]))
@@ -256,7 +258,7 @@ class Agent:
 
 
 def read_checkpoint(path):
-    """What Agent.save wrote, by name. Whatever numpy.load raises if it is no whole checkpoint."""
+    """What Agent.save wrote, as a dict. A damaged file raises what numpy.load raises."""
     with np.load(path) as file:
         return {**file, "settings": settings(**json.loads(str(file["settings"])))}
 
@@ -264,14 +266,14 @@ def read_checkpoint(path):
 def play(policy, env, seed):
     """One episode of `policy`: yields its transitions (s, a, r, s', terminated) as they happen.
 
-    Here, and nowhere else, an action a in [-1, 1] becomes one in the environment's own bounds.
+    Here each action a in [-1, 1] becomes one in the environment's own bounds and kind of number.
     """
-    space, over, state = env.action_space, False, env.reset(seed=seed)[0]
+    space = env.action_space
     low, high = space.low.astype(float), space.high.astype(float)
-    state = np.array(state, np.float32)  # a copy: some environments write into theirs
+    state, over = np.array(env.reset(seed=seed)[0], np.float32), False  # a copy, as envs reuse it
     while not over:
         a = policy(state)
-        action = np.minimum(np.maximum(low + (high - low) * (a + 1) / 2, low), high)
+        action = np.clip(low + (high - low) * (a + 1) / 2, low, high)
         action = np.rint(action) if space.dtype.kind in "iu" else action
         next_state, reward, terminated, truncated, _ = env.step(action.astype(space.dtype))
         next_state = np.array(next_state, np.float32)
@@ -282,25 +284,25 @@ def play(policy, env, seed):
 def train(agent, env):
     """Algorithm 1 (section 8), as a generator: at each episode's end it yields the return.
 
-    Nothing is under way then, so a run can be saved or stopped there. Each episode's reset has a
-    seed of its own, drawn from the agent's, so that a resumed run repeats it.
+    Between episodes nothing is under way, so a run can be saved or stopped there. Each reset has a
+    seed drawn from agent.rng, so that a resumed run repeats it.
     """
     settings, buffer, rng, size = agent.settings, agent.buffer, agent.rng, len(agent.low)
-
-    def explore(s):
-        return rng.uniform(-1, 1, size) if buffer.added < settings.warmup else agent.act(s, next(n))
-
     while len(agent.history) < settings.episodes:
         n, total = noise(size, settings.noise, settings.noise_theta, rng), 0.0
+
+        def explore(s):
+            random = buffer.added < settings.warmup
+            return rng.uniform(-1, 1, size) if random else agent.act(s, next(n))
+
         for transition in play(explore, env, seed=int(rng.integers(2**31))):
             buffer.add(*transition)
             total += transition[2]
             step, block = buffer.added, settings.train_every
-            # `updates` may be a fraction: steps due by now, less those due a block ago
-            due = int(settings.updates * step) - int(settings.updates * (step - block))
-            if step >= settings.warmup and step % block == 0 and due:
-                agent.learn(due)
-        agent.history.append([buffer.added, total])
+            if step >= settings.warmup and step % block == 0:
+                # `updates` may be a fraction: steps due by now, less those due a block ago
+                agent.learn(int(settings.updates * step) - int(settings.updates * (step - block)))
+        agent.history.append([step, total])
         yield total
 
 
@@ -315,7 +317,7 @@ def evaluate(agent, env):
         states, _, rewards, next_states, terminated = zip(*play(agent.act, env, seed))
         states = tf.stack([*states, next_states[-1]])
         estimates = agent.critic([states, agent.actor(states)]).numpy()[:, 0]
-        followed = 0.0 if terminated[-1] else estimates[-1]
+        followed = 0.0 if terminated[-1] else estimates[-1]  # that of the last s', as [-2] of s
         for k, reward in enumerate(rewards[::-1], 1):  # from the end backwards, k steps to go
             followed = reward + agent.settings.gamma * followed
             if terminated[-1] or agent.settings.gamma**k < 0.5:
@@ -335,29 +337,34 @@ def plot(history, pairs):
     left.legend()
     right.scatter(pairs[:, 1], pairs[:, 0], s=4, alpha=0.3)
     right.plot(pairs[:, 1], pairs[:, 1], color="gray")
-    right.set(title="The critic's honesty", xlabel="discounted return that followed",
-              ylabel="estimate Q(s, mu(s))")
+    right.set(title="The critic's honesty", ylabel="estimate Q(s, mu(s))",
+              xlabel="discounted rewards that followed, the rest by Q")
     return figure
 
 
 def run(agent, env, out):
     """Train to the end or to Ctrl-C, leave the results in the folder `out`; the exit status."""
-    path, pairs, interrupts = Path(out) / "checkpoint.npz", np.empty((0, 2)), []
+    path, pairs, stopping = Path(out) / "checkpoint.npz", np.empty((0, 2)), []
     agent.save(path)  # the good state to return to should the very first episodes diverge
-    first, begun, saved = agent.buffer.added, time.monotonic(), time.monotonic()
-    before = signal.signal(signal.SIGINT, lambda *_: interrupts.append(
-        signal.signal(signal.SIGINT, before)))  # Ctrl-C waits for the episode's end, but only once
+    steps, then, saved_at = agent.buffer.added, time.monotonic(), time.monotonic()
+
+    def stop(*_):  # at the episode's end; a second Ctrl-C stops at once
+        stopping.append(True)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, stop)
     try:
         for total in train(agent, env):
-            now, (steps, returns) = time.monotonic(), zip(*agent.history)
-            print(f"\repisode {len(returns)}/{agent.settings.episodes}, return {total:.1f}, "
-                  f"mean of last 10 {np.mean(returns[-10:]):.1f}, "
-                  f"{(steps[-1] - first) / (now - begun):.0f} steps/s  ", end="", flush=True)
-            if interrupts:
+            now, speed = time.monotonic(), (agent.buffer.added - steps) / (time.monotonic() - then)
+            print(f"\repisode {len(agent.history)}/{agent.settings.episodes}, return {total:.1f}, "
+                  f"mean of last 10 {np.mean(agent.history[-10:], axis=0)[1]:.1f}, "
+                  f"{speed:.0f} steps/s".ljust(80), end="", flush=True)
+            steps, then = agent.buffer.added, now
+            if stopping:
                 raise KeyboardInterrupt
-            if now > saved + SAVE_EVERY:
+            if now > saved_at + SAVE_EVERY:
                 agent.save(path)
-                saved = now
+                saved_at = now
         returns, pairs = evaluate(agent, env)
         print(f"\nmean return of {len(returns)} fresh episodes without noise: {returns.mean():.1f}")
         return 0
@@ -380,8 +387,8 @@ def run(agent, env, out):
 def watch(agent, env, gif=None):
     """Play without noise and print the returns: ten episodes in a window, or one into `gif`."""
     if not gif and sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & {*os.environ}:
-        raise OSError("--watch finds no display: try --gif")
-    os.environ.setdefault("SDL_FRAMEBUFFER_ACCELERATION", "0")  # OpenGL's LLVM crashes TensorFlow's
+        raise ValueError("--watch finds no display: try --gif")
+    os.environ.setdefault("SDL_FRAMEBUFFER_ACCELERATION", "0")  # OpenGL crashes beside TensorFlow
     frames = []
     for seed in EVALUATION_SEEDS[:1 if gif else None]:
         total = 0.0
@@ -390,10 +397,11 @@ def watch(agent, env, gif=None):
             frames += [env.render()] if gif else []
         print(f"return {total:.1f}")
     if gif:
-        figure = plt.figure(figsize=(3, 3))
+        figure = matplotlib.figure.Figure(figsize=(3, 3))
         image = figure.add_axes((0, 0, 1, 1), frame_on=False).imshow(frames[0])
         matplotlib.animation.FuncAnimation(figure, image.set_data, frames).save(
             gif, "pillow", env.metadata.get("render_fps", 30))
+        print(f"written to {gif}")
     env.close()
 
 
@@ -403,21 +411,20 @@ def main(arguments=None):
         description="Train a DDPG agent, resume its training, or watch it.",
         allow_abbrev=False, exit_on_error=False)
     for name, (default, _, _, meaning) in SETTINGS.items():
-        kind, count = (int, "*") if isinstance(default, list) else (type(default), None)
+        kind, count = (int, "*") if name == "hidden" else (type(default), None)
         parser.add_argument(flag(name), type=kind, nargs=count, metavar="X",
-                            help=f"{meaning} (default: {default})")
+                            default=argparse.SUPPRESS, help=f"{meaning} (default: {default})")
     parser.add_argument("--out", type=Path, metavar="DIR",
                         help="results folder (default: runs/<env>-seed<seed>)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--watch", action="store_true", help="play its policy in a window")
     parser.add_argument("--gif", action="store_true", help="play it once into policy.gif instead")
-    about, remedy = "", "see --help"  # of an error in the lines below
+    about, remedy = "", "see --help"  # of an error in what comes next
     try:
         asked, unknown = parser.parse_known_args(arguments)
         if unknown:
-            raise ValueError(f"there is no {unknown[0]}")
-        given = {name: value for name, value in vars(asked).items()
-                 if name in SETTINGS and value is not None}
+            raise ValueError(f"there is no {unknown[0]}: see --help")
+        given = {name: value for name, value in vars(asked).items() if name in SETTINGS}
         chosen = settings(**given)
 
         out = asked.out or Path(f"runs/{chosen.env}-seed{chosen.seed}")
@@ -428,13 +435,14 @@ def main(arguments=None):
             kept = vars(saved["settings"])
             for name, value in given.items():
                 if value != kept[name] and not (name == "episodes" and value > kept[name]):
-                    raise ValueError(f"{flag(name)} {value} contradicts its {kept[name]}")
+                    raise ValueError(f"{flag(name)} {value} contradicts its {kept[name]}: leave it "
+                                     "out, or choose another folder")
             chosen = settings(**kept | given)
         elif saved and len(saved["history"]) < saved["settings"].episodes:
-            raise ValueError("an unfinished run: --resume goes on with it")
+            raise ValueError("an unfinished run: add --resume to go on, or choose another folder")
 
-        about, remedy = f"--env {chosen.env}: ", "choose one that is installed"
-        if max(chosen.hidden, default=0) < 128:  # for networks this small, one is faster than two
+        about, remedy = f"--env {chosen.env}: ", "choose another, or install what it needs"
+        if max(chosen.hidden, default=0) < 128:  # too small to share between threads
             tf.config.threading.set_intra_op_parallelism_threads(1)
         mode = {"render_mode": "rgb_array" if asked.gif else "human"} if show else {}
         env = gym.make(chosen.env, **mode)
@@ -449,8 +457,9 @@ def main(arguments=None):
         agent.save(path)
         if saved and not asked.resume:
             print(f"replacing the finished run in {out}")
-    except Exception as error:
-        print("ddpg.py:", *f"{about}{error}: {remedy}".split(), file=sys.stderr)
+    except Exception as error:  # ours are ValueErrors and bring their own remedy
+        line = f"{about}{error}" + ("" if isinstance(error, ValueError) else f": {remedy}")
+        print("ddpg.py:", *line.split(), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -459,6 +468,6 @@ def main(arguments=None):
 
 if __name__ == "__main__":
     status = main()
-    if status == 0 and plt.get_backend().lower() != "agg":  # as it is where there is no display
+    if status == 0 and plt.get_backend().lower() != "agg":  # "agg": there is no display
         plt.show()
     sys.exit(status)
