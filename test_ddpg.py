@@ -316,8 +316,7 @@ def test_the_plot_shows_the_returns_and_their_mean():
     assert len(ddpg.plot([], np.empty((0, 2))).axes) == 2, "a run that ended before its first episode"
 
 
-def test_without_agents_nothing_of_the_buffer_is_hidden():
-    """The buffer takes its capacity times its row, and no more."""
+def test_the_buffer_takes_its_capacity_times_its_row_and_no_more():
     assert small(buffer_size=1000).buffer.rows.nbytes == 1000 * (1 + 1 + 1 + 1 + 1) * 4
 
 
@@ -556,6 +555,19 @@ def test_a_gif_needs_no_display(tmp_path, capfd):
         assert gif.n_frames > 100 and gif.info["duration"] > 20
     total = sum(t[2] for t in ddpg.play(agent.act, env, ddpg.EVALUATION_SEEDS[0]))
     assert f"return {total:.1f}" in capfd.readouterr().out
+
+
+def test_a_policy_is_watched_in_a_window(tmp_path, monkeypatch, capfd):
+    env = gym.make("Pendulum-v1")
+    agent = ddpg.Agent(env, ddpg.settings())
+    agent.save(tmp_path / "checkpoint.npz")
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")  # a window that nobody sees
+    monkeypatch.setitem(env.unwrapped.metadata, "render_fps", 0)  # as fast as it can be drawn
+    monkeypatch.setattr(ddpg, "EVALUATION_SEEDS", [3, 4])
+    assert ddpg.main(["--watch", "--out", str(tmp_path)]) == 0
+    totals = [sum(t[2] for t in ddpg.play(agent.act, env, seed)) for seed in (3, 4)]
+    assert capfd.readouterr().out == "".join(f"return {total:.1f}\n" for total in totals)
 
 
 @pytest.mark.parametrize("env, option, named", [("Pendulum-v1", "--watch", "display"), ("Line-v0", "--gif", "render_mode")])
