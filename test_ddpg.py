@@ -284,11 +284,12 @@ def test_it_finds_the_linear_quadratic_optimum(seed):
 
 
 @pytest.mark.parametrize("seed", [100, 101])
-def test_pendulum_stands_up_within_50_episodes(seed):
+def test_pendulum_stands_up_within_20_episodes(seed):
+    """20 seeds gave -149 to -143; a policy that needs one swing more from each start gives -200 or less."""
     env = gym.make("Pendulum-v1")
-    agent = ddpg.Agent(env, ddpg.settings(episodes=50, seed=seed))
+    agent = ddpg.Agent(env, ddpg.settings(episodes=20, seed=seed))
     list(ddpg.train(agent, env))
-    assert np.mean(ddpg.evaluate(agent, env)[0]) > -200
+    assert np.mean(ddpg.evaluate(agent, env)[0]) > -160
 
 
 @pytest.mark.parametrize("terminates, kept", [(True, 20), (False, 7)])
