@@ -192,10 +192,10 @@ class Agent:
     def actor_loss(self, s):
         """J + toll with J = -1/N sum Q(s, mu(s)) (section 6), s: (N, n). Less of it is more Q.
 
-        Beyond |x| = 3, tanh(x) is flat and lets no gradient through, so such an x costs a toll.
+        Beyond |x| = 5, tanh(x) is flat and lets no gradient through, so such an x costs a toll.
         """
         x = self.before_tanh(s)
-        toll = tf.reduce_mean(tf.nn.relu(tf.abs(x) - 3) ** 2)
+        toll = tf.reduce_mean(tf.nn.relu(tf.abs(x) - 5) ** 2)
         return toll - tf.reduce_mean(self.critic([s, tf.tanh(x)]))
 
     @tf.function(jit_compile=True)
