@@ -294,16 +294,18 @@ def test_pendulum_stands_up_within_20_episodes(seed):
 
 @pytest.mark.parametrize("terminates, kept", [(True, 20), (False, 7)])
 def test_honesty_compares_q_with_the_discounted_rest(terminates, kept):
-    """Q is 1 everywhere, gamma 0.95: where an episode is cut off, 0.95^14 < 0.5 keeps states 0 to 6."""
+    """Q(x, a) = x, gamma 0.95: where an episode is cut off, 0.95^14 < 0.5 keeps states 0 to 6."""
     env = Line(terminates=terminates)
     agent = small(env, hidden=(), gamma=0.95, q_scale=1.0)
-    agent.critic.set_weights([np.zeros((2, 1)), np.ones(1)])
+    agent.critic.set_weights([np.array([[1.0], [0.0]]), np.zeros(1)])
     returns, pairs = ddpg.evaluate(agent, env)
-    rewards = [t[2] for t in ddpg.play(agent.act, env, ddpg.EVALUATION_SEEDS[0])]
-    assert returns[0] == pytest.approx(sum(rewards))
-    assert len(pairs) == 10 * kept and np.all(pairs[:, 0] == 1)
-    followed = sum(0.95**k * r for k, r in enumerate(rewards)) + (not terminates) * 0.95**20
-    assert pairs[kept - 1, 1] == pytest.approx(followed, abs=1e-6)  # the first state comes last
+    states, _, rewards, next_states, _ = zip(*ddpg.play(agent.act, env, ddpg.EVALUATION_SEEDS[0]))
+    assert len(pairs) == 10 * kept and returns[0] == pytest.approx(sum(rewards))
+    estimates, followed = pairs[:kept].T[:, ::-1]  # of the first episode, whose last state comes first
+    np.testing.assert_allclose(estimates, np.ravel(states)[:kept], atol=1e-6)
+    for t in range(kept):
+        rest = [*rewards[t:], 0.0 if terminates else next_states[-1][0]]
+        assert followed[t] == pytest.approx(sum(0.95**k * r for k, r in enumerate(rest)), abs=1e-5)
 
 
 def test_the_plot_shows_the_returns_and_their_mean():
@@ -432,10 +434,10 @@ def test_divergence_is_named_and_leaves_the_last_good_checkpoint(tmp_path, capfd
 def test_a_reward_that_is_no_number_never_reaches_the_memory(tmp_path, capfd):
     env = Line(length=10)
     env.step = lambda action, step=env.step: (lambda x, r, *rest: (x, r * np.nan, *rest))(*step(action))
-    agent = small(env, warmup=50)
+    agent, before = small(env, warmup=50), signal.getsignal(signal.SIGINT)
     assert ddpg.run(agent, env, str(tmp_path / "new")) == 1
     assert "episode 1" in capfd.readouterr().err and len(agent.buffer) == 0
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "Ctrl-C was not given back"
+    assert signal.getsignal(signal.SIGINT) is before, "Ctrl-C was not given back"
 
 
 def test_whole_number_actions_are_rounded_and_reach_their_bounds():
@@ -533,10 +535,11 @@ def test_the_same_seed_gives_the_same_digits_through_kills_and_interrupts(tmp_pa
 
 
 def test_import_has_no_side_effects_and_help_names_every_default(tmp_path, capsys):
-    code = ("import threading, os; before = set(os.listdir()); import ddpg, matplotlib.pyplot as plt, signal; "
+    code = ("import os, signal; before, handler = set(os.listdir()), signal.getsignal(signal.SIGINT); "
+            "import ddpg, matplotlib.pyplot as plt; "
             "assert plt.get_fignums() == [] and set(os.listdir()) == before; "
             "assert ddpg.tf.config.threading.get_intra_op_parallelism_threads() == 0; "
-            "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler")
+            "assert signal.getsignal(signal.SIGINT) is handler")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=tmp_path,
                           env={**os.environ, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1"})
     assert done.returncode == 0 and done.stdout + done.stderr == b"", done.stderr.decode()
