@@ -151,15 +151,15 @@ class Agent:
     """
 
     def __init__(self, env, settings):
-        seen, done = env.observation_space, env.action_space
+        states, actions = env.observation_space, env.action_space
         if not (all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1
-                    for space in (seen, done)) and done.is_bounded()):
-            raise ValueError(f"observations {seen} and actions {done} must each be a Box of one "
-                             "dimension, that of the actions bounded: wrap the environment")
-        (n,), (m,) = seen.shape, done.shape
+                    for space in (states, actions)) and actions.is_bounded()):
+            raise ValueError(f"observations {states} and actions {actions} must each be a Box of "
+                             "one dimension, that of the actions bounded: wrap the environment")
+        (n,), (m,) = states.shape, actions.shape
         self.settings, self.rng = settings, np.random.default_rng(settings.seed)
         self.buffer, self.history = ReplayBuffer(settings.buffer_size, n, m), []
-        self.low, self.high = done.low.astype(float), done.high.astype(float)
+        self.low, self.high = actions.low.astype(float), actions.high.astype(float)
 
         seed = keras.random.SeedGenerator(settings.seed)
         self.actor = ann(n, [*settings.hidden, m], "tanh", seed)
@@ -223,11 +223,11 @@ class Agent:
         self.numpy_actor = self.actor.get_weights()
 
     def act(self, state, noise=0.0):
-        """a = mu(s) + n for one state (n,): an action (m,) in [-1, 1]."""
+        """a = mu(s) + n, clipped to [-1, 1], for one state (n,): an action (m,)."""
         h = state
         for kernel, bias in zip(self.numpy_actor[::2], self.numpy_actor[1::2]):
             x = h @ kernel + bias
-            h = np.maximum(x, 0)
+            h = np.maximum(x, 0)  # unused after the last layer, which has tanh instead
         return np.clip(np.tanh(x) + noise, -1, 1)
 
     def policy(self):
@@ -317,7 +317,7 @@ def evaluate(agent, env):
         states, _, rewards, next_states, terminated = zip(*play(agent.act, env, seed))
         states = tf.stack([*states, next_states[-1]])
         estimates = agent.critic([states, agent.actor(states)]).numpy()[:, 0]
-        followed = 0.0 if terminated[-1] else estimates[-1]  # that of the last s', as [-2] of s
+        followed = 0.0 if terminated[-1] else estimates[-1]  # at the last s'; [-2] is at the last s
         for k, reward in enumerate(rewards[::-1], 1):  # from the end backwards, k steps to go
             followed = reward + agent.settings.gamma * followed
             if terminated[-1] or agent.settings.gamma**k < 0.5:
