@@ -44,29 +44,29 @@ SETTINGS = {  # name: default, least, most, meaning
     "env": ("Pendulum-v1", None, None, "Gymnasium environment; module:Name-v0 for your own"),
     "episodes": (100, 1, 10**9, "episodes to train"),
     "seed": (0, 0, 2**31 - 1, "source of all randomness"),
-    "hidden": ([64, 64], 1, 10**5, "hidden layer sizes of both networks; none: linear"),
+    "hidden": ([64, 64, 64], 1, 10**5, "hidden layer sizes of both networks; none: linear"),
     "actor_lr": (1e-3, 0, 1, "learning rate of the actor"),
     "critic_lr": (2e-3, 0, 1, "learning rate of the critic"),
-    "gamma": (0.99, 0, 1, "discount per step"),
-    "tau": (0.99, 0, 1, "share of itself that a target keeps; the paper's tau is 1 - this"),
+    "gamma": (0.995, 0, 1, "discount per step"),
+    "tau": (0.98, 0, 1, "share of itself that a target keeps; the paper's tau is 1 - this"),
+    "average": (0.999, 0, 1, "the same for the average of actors that is the final policy"),
+    "huber": (0.2, 1e-9, 1e9, "error from which the critic's squared loss is a line"),
     "q_scale": (10.0, 1e-9, 1e9, "factor on the critic's output"),
     "noise": (0.1, 0, 10, "sigma of the exploration noise; 1 is half an action's range"),
     "noise_theta": (1.0, 0, 1, "1: white noise; 0.15: Ornstein-Uhlenbeck, the paper's"),
-    "batch_size": (64, 1, 10**6, "transitions in a batch, N"),
+    "batch_size": (192, 1, 10**6, "transitions in a batch, N"),
     "buffer_size": (100_000, 1, 10**8, "transitions remembered"),
     "warmup": (200, 1, 10**9, "environment steps before training, with random actions"),
     "train_every": (50, 1, 10**6, "environment steps in a block; the paper's is 1"),
-    "updates": (2.0, 0, 1000, "gradient steps per environment step"),
+    "updates": (1.0, 0, 1000, "gradient steps per environment step"),
 }
 EVALUATION_SEEDS = range(1_000_000, 1_000_010)  # the same ten starts for every run
 SAVE_EVERY = 20  # seconds between checkpoints
 
 
 def settings(**changes):
-    """The default settings with `changes`, as a namespace. ValueError names what is wrong."""
+    """The default settings with `changes`, as a namespace. ValueError: out of range."""
     for name, value in changes.items():
-        if name not in SETTINGS:
-            raise ValueError(f"no setting is called {name}: choose from {', '.join(SETTINGS)}")
         _, least, most, _ = SETTINGS[name]
         if name != "env" and not all(least <= number <= most for number in np.ravel(value)):
             raise ValueError(f"{flag(name)} {value} is out of range: choose {least} to {most}")
@@ -93,6 +93,19 @@ def ann(input_size, layer_sizes, output_activation, seed):
         *[keras.layers.Dense(size, "relu", kernel_initializer=glorot(seed)) for size in hidden],
         keras.layers.Dense(last, kernel_initializer=near_0(-3e-3, 3e-3, seed)),
         keras.layers.Activation(output_activation)])
+
+
+def in_numpy(actor):
+    """A copy of the actor as it is now, (n,) -> (m,), at 1/100 of the time of a Keras call."""
+    weights = actor.get_weights()
+
+    def mu(s):
+        h = s
+        for kernel, bias in zip(weights[::2], weights[1::2]):
+            x = h @ kernel + bias
+            h = np.maximum(x, 0)  # unused after the last layer, which has tanh instead
+        return np.tanh(x)
+    return mu
 
 
 def noise(size, sigma, theta, rng):
@@ -137,10 +150,10 @@ def descend(loss, network, optimizer):
     return value
 
 
-def soft_update(targets, sources, tau):
-    """theta' <- tau theta' + (1 - tau) theta (section 7). tau near 1: the targets follow slowly."""
-    for target, source in zip(targets, sources):
-        target.assign(tau * target + (1 - tau) * source)
+def soft_update(target, network, tau):
+    """theta' <- tau theta' + (1 - tau) theta (section 7). tau near 1: the target follows slowly."""
+    for slow, fast in zip(target.variables, network.variables):
+        slow.assign(tau * slow + (1 - tau) * fast)
 
 
 class Agent:
@@ -159,7 +172,6 @@ class Agent:
         (n,), (m,) = states.shape, actions.shape
         self.settings, self.rng = settings, np.random.default_rng(settings.seed)
         self.buffer, self.history = ReplayBuffer(settings.buffer_size, n, m), []
-        self.low, self.high = actions.low.astype(float), actions.high.astype(float)
 
         seed = keras.random.SeedGenerator(settings.seed)
         self.actor = ann(n, [*settings.hidden, m], "tanh", seed)
@@ -169,25 +181,32 @@ class Agent:
         self.critic = keras.Model([s, a], keras.layers.Rescaling(settings.q_scale)(q))
         self.target_actor = keras.models.clone_model(self.actor)
         self.target_critic = keras.models.clone_model(self.critic)
-        self.weights = self.actor.variables + self.critic.variables
-        self.target_weights = self.target_actor.variables + self.target_critic.variables
-        soft_update(self.target_weights, self.weights, tau=0)  # they start as copies
+        self.average_actor = keras.models.clone_model(self.actor)
+        soft_update(self.target_actor, self.actor, tau=0)  # a clone has weights of its own
+        soft_update(self.target_critic, self.critic, tau=0)
+        soft_update(self.average_actor, self.actor, tau=0)
+        low, high = actions.low.astype(float), actions.high.astype(float)
+        self.policy = keras.Sequential([self.average_actor, keras.layers.Rescaling(
+            ((high - low) / 2).tolist(), ((high + low) / 2).tolist())])
         self.actor_optimizer = keras.optimizers.Adam(settings.actor_lr)
         self.critic_optimizer = keras.optimizers.Adam(settings.critic_lr)
         self.actor_optimizer.build(self.actor.variables)  # so that a checkpoint has where to go
         self.critic_optimizer.build(self.critic.variables)
-        self.variables = [*self.weights, *self.target_weights,
-                          *self.actor_optimizer.variables, *self.critic_optimizer.variables]
-        self.numpy_actor = self.actor.get_weights()  # act() in NumPy costs 1/100 of a Keras call
+        self.variables = [variable for part in (
+            self.actor, self.critic, self.target_actor, self.target_critic, self.average_actor,
+            self.actor_optimizer, self.critic_optimizer) for variable in part.variables]
 
     def critic_loss(self, s, a, r, s_next, d):
         """L = 1/N sum (y - Q(s, a))^2 with y = r + gamma (1 - d) Q'(s', mu'(s')) (section 5).
 
         s, s_next: (N, n); a: (N, m); r, d: (N, 1), as r of (N,) would broadcast to an (N, N) table.
+        Beyond an error of `huber` the square goes on as a line, so that no error drowns the others.
         """
         q_next = self.target_critic([s_next, self.target_actor(s_next)])
         y = r + self.settings.gamma * (1 - d) * q_next
-        return tf.reduce_mean((y - self.critic([s, a])) ** 2)
+        error = y - self.critic([s, a])
+        cut = tf.clip_by_value(error, -self.settings.huber, self.settings.huber)
+        return tf.reduce_mean(cut * (2 * error - cut))
 
     def actor_loss(self, s):
         """J + toll with J = -1/N sum Q(s, mu(s)) (section 6), s: (N, n). Less of it is more Q.
@@ -211,8 +230,11 @@ class Agent:
                 descend(lambda: self.critic_loss(s, a, r, s_next, d),
                         self.critic, self.critic_optimizer),
                 descend(lambda: self.actor_loss(s), self.actor, self.actor_optimizer)])
-            soft_update(self.target_weights, self.weights, self.settings.tau)
-        return tf.reduce_all([tf.reduce_all(tf.math.is_finite(x)) for x in [losses, *self.weights]])
+            soft_update(self.target_actor, self.actor, self.settings.tau)
+            soft_update(self.target_critic, self.critic, self.settings.tau)
+            soft_update(self.average_actor, self.actor, self.settings.average)
+        return tf.reduce_all([tf.reduce_all(tf.math.is_finite(x)) for x in [
+            losses, *self.actor.variables, *self.critic.variables]])
 
     def learn(self, steps):
         """`steps` gradient steps on fresh samples. Raises FloatingPointError when they diverge."""
@@ -220,20 +242,6 @@ class Agent:
         if steps and not self.train_block(batches):
             raise FloatingPointError("a loss or a weight is no longer finite; try lower learning "
                                      "rates, or look for huge rewards")
-        self.numpy_actor = self.actor.get_weights()
-
-    def act(self, state, noise=0.0):
-        """a = mu(s) + n, clipped to [-1, 1], for one state (n,): an action (m,)."""
-        h = state
-        for kernel, bias in zip(self.numpy_actor[::2], self.numpy_actor[1::2]):
-            x = h @ kernel + bias
-            h = np.maximum(x, 0)  # unused after the last layer, which has tanh instead
-        return np.clip(np.tanh(x) + noise, -1, 1)
-
-    def policy(self):
-        """The actor as a Keras model (N, n) -> (N, m) of actions in the environment's own units."""
-        return keras.Sequential([self.actor, keras.layers.Rescaling(
-            ((self.high - self.low) / 2).tolist(), ((self.high + self.low) / 2).tolist())])
 
     def save(self, path):
         """Write all that decides the future to `path`: all or nothing, and without pickle."""
@@ -254,7 +262,6 @@ class Agent:
         self.buffer.added, self.history = int(saved["added"]), saved["history"].tolist()
         self.buffer.rows[:len(self.buffer)] = saved["rows"]
         self.rng.bit_generator.state = json.loads(str(saved["rng"]))
-        self.numpy_actor = self.actor.get_weights()
 
 
 def read_checkpoint(path):
@@ -287,13 +294,14 @@ def train(agent, env):
     Between episodes nothing is under way, so a run can be saved or stopped there. Each reset has a
     seed drawn from agent.rng, so that a resumed run repeats it.
     """
-    settings, buffer, rng, size = agent.settings, agent.buffer, agent.rng, len(agent.low)
+    settings, buffer, rng, size = agent.settings, agent.buffer, agent.rng, *env.action_space.shape
+    mu = in_numpy(agent.actor)
     while len(agent.history) < settings.episodes:
         n, total = noise(size, settings.noise, settings.noise_theta, rng), 0.0
 
         def explore(s):
             random = buffer.added < settings.warmup
-            return rng.uniform(-1, 1, size) if random else agent.act(s, next(n))
+            return rng.uniform(-1, 1, size) if random else np.clip(mu(s) + next(n), -1, 1)
 
         for transition in play(explore, env, seed=int(rng.integers(2**31))):
             buffer.add(*transition)
@@ -302,6 +310,7 @@ def train(agent, env):
             if step >= settings.warmup and step % block == 0:
                 # `updates` may be a fraction: steps due by now, less those due a block ago
                 agent.learn(int(settings.updates * step) - int(settings.updates * (step - block)))
+                mu = in_numpy(agent.actor)
         agent.history.append([step, total])
         yield total
 
@@ -312,11 +321,11 @@ def evaluate(agent, env):
     Where an episode is cut off, Q of its last state stands for the rest; states are left out where
     this rest would weigh half or more (section 10).
     """
-    returns, pairs = [], []
+    mu, returns, pairs = in_numpy(agent.average_actor), [], []
     for seed in EVALUATION_SEEDS:
-        states, _, rewards, next_states, terminated = zip(*play(agent.act, env, seed))
+        states, _, rewards, next_states, terminated = zip(*play(mu, env, seed))
         states = tf.stack([*states, next_states[-1]])
-        estimates = agent.critic([states, agent.actor(states)]).numpy()[:, 0]
+        estimates = agent.critic([states, agent.average_actor(states)]).numpy()[:, 0]
         followed = 0.0 if terminated[-1] else estimates[-1]  # at the last s'; [-2] is at the last s
         for k, reward in enumerate(rewards[::-1], 1):  # from the end backwards, k steps to go
             followed = reward + agent.settings.gamma * followed
@@ -346,20 +355,17 @@ def run(agent, env, out):
     """Train to the end or to Ctrl-C, leave the results in the folder `out`; the exit status."""
     path, pairs, stopping = Path(out) / "checkpoint.npz", np.empty((0, 2)), []
     agent.save(path)  # the good state to return to should the very first episodes diverge
-    steps, then, saved_at = agent.buffer.added, time.monotonic(), time.monotonic()
-
-    def stop(*_):  # at the episode's end; a second Ctrl-C stops at once
-        stopping.append(True)
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.signal(signal.SIGINT, stop)
+    steps, began, saved_at = agent.buffer.added, time.monotonic(), time.monotonic()
+    # Ctrl-C is heard at the episode's end; a second one, given back its old meaning, at once
+    before = signal.signal(
+        signal.SIGINT, lambda *_: stopping.append(signal.signal(signal.SIGINT, before)))
     try:
         for total in train(agent, env):
-            now, speed = time.monotonic(), (agent.buffer.added - steps) / (time.monotonic() - then)
+            now = time.monotonic()
             print(f"\repisode {len(agent.history)}/{agent.settings.episodes}, return {total:.1f}, "
                   f"mean of last 10 {np.mean(agent.history[-10:], axis=0)[1]:.1f}, "
-                  f"{speed:.0f} steps/s".ljust(80), end="", flush=True)
-            steps, then = agent.buffer.added, now
+                  f"{(agent.buffer.added - steps) / (now - began):.0f} steps/s".ljust(80),
+                  end="", flush=True)
             if stopping:
                 raise KeyboardInterrupt
             if now > saved_at + SAVE_EVERY:
@@ -380,7 +386,7 @@ def run(agent, env, out):
         agent.save(path)
         rows = [f"{i},{steps:.0f},{total}\n" for i, (steps, total) in enumerate(agent.history, 1)]
         path.with_name("returns.csv").write_text("".join(["episode,steps,return\n", *rows]))
-        agent.policy().save(path.with_name("actor.keras"))
+        agent.policy.save(path.with_name("actor.keras"))
         plot(agent.history, pairs).savefig(path.with_name("returns.png"))
 
 
@@ -392,7 +398,7 @@ def watch(agent, env, gif=None):
     frames = []
     for seed in EVALUATION_SEEDS[:1 if gif else None]:
         total = 0.0
-        for _, _, reward, _, _ in play(agent.act, env, seed):
+        for _, _, reward, _, _ in play(in_numpy(agent.average_actor), env, seed):
             total += reward
             frames += [env.render()] if gif else []
         print(f"return {total:.1f}")
@@ -444,8 +450,8 @@ def main(arguments=None):
         about, remedy = f"--env {chosen.env}: ", "choose another, or install what it needs"
         if max(chosen.hidden, default=0) < 128:  # too small to share between threads
             tf.config.threading.set_intra_op_parallelism_threads(1)
-        mode = {"render_mode": "rgb_array" if asked.gif else "human"} if show else {}
-        env = gym.make(chosen.env, **mode)
+        env = gym.make(chosen.env, **(
+            {"render_mode": "rgb_array" if asked.gif else "human"} if show else {}))
         agent = Agent(env, chosen)
         if asked.resume or show:
             agent.restore(saved)

@@ -55,7 +55,7 @@ def small(environment=None, **changes):
 def by_hand():
     """Linear networks with numbers to calculate with: mu(s) = tanh(s), Q = s + 6 a + 1,
     mu'(s) = 1/2 everywhere, Q' = 2 s + 2 a. All a are in [-1, 1]."""
-    agent = small(hidden=(), gamma=0.5, q_scale=1.0)
+    agent = small(hidden=(), gamma=0.5, q_scale=1.0, huber=1000.0)
     agent.actor.set_weights([np.array([[1.0]]), np.array([0.0])])
     agent.critic.set_weights([np.array([[1.0], [6.0]]), np.array([1.0])])
     agent.target_actor.set_weights([np.array([[0.0]]), np.array([np.arctanh(0.5)])])
@@ -87,6 +87,15 @@ def test_critic_loss_equals_the_sum_done_by_hand():
     loss = by_hand().critic_loss(column(0, 1, 2), column(0, 0.5, -0.5), column(1, 2, 3),
                                  column(1, 2, 3), column(0, 1, 0))
     assert float(loss) == pytest.approx(53.5 / 3)
+
+
+def test_a_critic_error_beyond_huber_counts_along_the_tangent():
+    """The errors above are 1.5, -3 and 6.5: at huber = 2 the square's tangent is 4 |e| - 4."""
+    agent = by_hand()
+    agent.settings.huber = 2.0
+    loss = agent.critic_loss(column(0, 1, 2), column(0, 0.5, -0.5), column(1, 2, 3),
+                             column(1, 2, 3), column(0, 1, 0))
+    assert float(loss) == pytest.approx((1.5**2 + (4 * 3 - 4) + (4 * 6.5 - 4)) / 3)
 
 
 def test_actor_loss_is_minus_the_mean_value_of_its_actions():
@@ -145,28 +154,31 @@ def test_each_step_moves_its_own_network_and_nothing_else():
 
 def test_targets_start_as_copies_and_keep_tau_of_themselves():
     agent = small(tau=0.75)
-    assert same(agent.weights, agent.target_weights)
-    for weight in agent.weights:
-        weight.assign(weight + 1)
-    before = numbers(agent.target_weights)
-    ddpg.soft_update(agent.target_weights, agent.weights, 0.75)
-    for old, new in zip(before, agent.target_weights, strict=True):
-        np.testing.assert_allclose(new, old + 0.25, atol=1e-6)
+    for target, network in ((agent.target_actor, agent.actor), (agent.target_critic, agent.critic)):
+        before = target.get_weights()
+        assert same(before, network.get_weights()) and before[0].any()
+        network.set_weights([weight + 1 for weight in before])
+        ddpg.soft_update(target, network, 0.75)
+        for old, new in zip(before, target.get_weights(), strict=True):
+            np.testing.assert_allclose(new, old + 0.25, atol=1e-6)
 
 
 def test_a_block_of_steps_equals_blocks_of_one():
-    together, apart = small(seed=3, tau=0.9), small(seed=3, tau=0.9)
+    """After each step the actor and the critic have moved, and all that follows them by its own share."""
+    together, apart = small(seed=3, tau=0.9, average=0.75), small(seed=3, tau=0.9, average=0.75)
     batches = batch_of(together, 5)
-    untrained = numbers(together.variables)
     assert together.train_block(batches)
+    followers = [("target_actor", "actor", 0.9), ("target_critic", "critic", 0.9), ("average_actor", "actor", 0.75)]
     for i in range(5):
-        apart.train_block(batches[i:i + 1])
-    for one, other, old in zip(together.variables, apart.variables, untrained, strict=True):
+        old = {name: getattr(apart, name).get_weights() for name in ("actor", "critic", "target_actor", "target_critic", "average_actor")}
+        assert apart.train_block(batches[i:i + 1])
+        for slow, network, share in followers:
+            for was, now, goal in zip(old[slow], getattr(apart, slow).get_weights(), getattr(apart, network).get_weights()):
+                np.testing.assert_allclose(now, share * was + (1 - share) * goal, rtol=1e-5, atol=1e-7)
+        for network in ("actor", "critic"):
+            assert not any(np.array_equal(was, now) for was, now in zip(old[network], getattr(apart, network).get_weights()))
+    for one, other in zip(together.variables, apart.variables, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
-    moved = [not np.array_equal(new, old) for new, old in zip(together.weights, untrained)]
-    assert all(moved)
-    gap = max(np.abs(a - b).max() for a, b in zip(numbers(together.target_weights), untrained[len(moved):]))
-    assert 0 < gap < 1e-2  # the targets follow, slowly
 
 
 def test_buffer_keeps_the_newest_rows_and_only_those():
@@ -215,16 +227,29 @@ def test_actions_fill_asymmetric_bounds_and_never_leave_them():
 def test_the_numpy_actor_is_the_keras_actor_and_the_saved_policy_in_the_environments_units():
     env = Line(low=(-1, -3), high=(2, 5), size=3)
     agent = small(env)
-    for weight in agent.actor.variables:
+    for weight in agent.average_actor.variables:
         weight.assign(weight + np.random.default_rng(1).normal(0, 0.3, weight.shape))
-    agent.numpy_actor = agent.actor.get_weights()
     states = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
-    actions = np.array([agent.act(s) for s in states])
-    np.testing.assert_allclose(actions, agent.actor(states), rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(agent.policy()(states), [0.5, 1] + [1.5, 4] * actions, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(agent.act(states[0], 0.01), actions[0] + 0.01, rtol=1e-3)
-    for state, a, *_ in ddpg.play(agent.act, env, 0):
-        np.testing.assert_allclose(env.actions[-1], agent.policy()(state[None])[0], rtol=1e-5, atol=1e-5)
+    mu = ddpg.in_numpy(agent.average_actor)
+    actions = np.array([mu(s) for s in states])
+    np.testing.assert_allclose(actions, agent.average_actor(states), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(agent.policy(states), [0.5, 1] + [1.5, 4] * actions, rtol=1e-5, atol=1e-5)
+    for state, a, *_ in ddpg.play(mu, env, 0):
+        np.testing.assert_allclose(env.actions[-1], agent.policy(state[None])[0], rtol=1e-5, atol=1e-5)
+
+
+def test_the_loop_explores_around_the_online_actor_of_the_last_block():
+    """a = mu(s) + n: without noise it is mu(s), that of the block before; with it, it strays by sigma."""
+    for sigma in (0.0, 0.2):
+        agent = small(noise=sigma, episodes=1, train_every=20, warmup=20, hidden=(8,))
+        list(ddpg.train(agent, Line()))
+        mu, old = ddpg.in_numpy(agent.actor), ddpg.in_numpy(agent.target_actor)
+        agent.settings.episodes, agent.settings.updates = 60, 0
+        list(ddpg.train(agent, Line()))
+        s, a = agent.buffer.rows[20:1200, :1], agent.buffer.rows[20:1200, 1:2]
+        strays = (a - np.array([mu(state) for state in s])).ravel()
+        assert strays.std() == pytest.approx(sigma, rel=0.1, abs=1e-6) and abs(strays.mean()) < 0.03
+        assert sigma or not np.allclose(a, np.array([old(state) for state in s]), atol=1e-6)
 
 
 @pytest.mark.parametrize("terminates", [True, False])
@@ -265,7 +290,7 @@ def test_another_seed_gives_another_run():
     returns = {}
     for seed in (0, 1):
         agent = small(episodes=2, updates=0, seed=seed)
-        returns[seed] = list(ddpg.train(agent, Line())), agent.weights[0].numpy().tolist()
+        returns[seed] = list(ddpg.train(agent, Line())), agent.actor.get_weights()[0].tolist()
     assert returns[0][0] != returns[1][0] and returns[0][1] != returns[1][1]
 
 
@@ -299,7 +324,7 @@ def test_honesty_compares_q_with_the_discounted_rest(terminates, kept):
     agent = small(env, hidden=(), gamma=0.95, q_scale=1.0)
     agent.critic.set_weights([np.array([[1.0], [0.0]]), np.zeros(1)])
     returns, pairs = ddpg.evaluate(agent, env)
-    states, _, rewards, next_states, _ = zip(*ddpg.play(agent.act, env, ddpg.EVALUATION_SEEDS[0]))
+    states, _, rewards, next_states, _ = zip(*ddpg.play(ddpg.in_numpy(agent.average_actor), env, ddpg.EVALUATION_SEEDS[0]))
     assert len(pairs) == 10 * kept and returns[0] == pytest.approx(sum(rewards))
     estimates, followed = pairs[:kept].T[:, ::-1]  # of the first episode, whose last state comes first
     np.testing.assert_allclose(estimates, np.ravel(states)[:kept], atol=1e-6)
@@ -423,7 +448,7 @@ def test_divergence_is_named_and_leaves_the_last_good_checkpoint(tmp_path, capfd
         env.episode += 1
         return reset(**options)
     env.reset = counting_reset
-    agent = small(env, episodes=5)
+    agent = small(env, episodes=5, huber=1e9)
     agent.save(tmp_path / "checkpoint.npz")
     assert ddpg.run(agent, env, tmp_path) == 1
     assert "episode 3" in capfd.readouterr().err
@@ -531,7 +556,7 @@ def test_the_same_seed_gives_the_same_digits_through_kills_and_interrupts(tmp_pa
          tmp_path / "whole" / "actor.keras", json.dumps(states.tolist())], capture_output=True, check=True, cwd="/")
     loaded = np.array(json.loads(plain.stdout))
     assert loaded.shape == (5, 1) and np.ptp(loaded) > 0
-    np.testing.assert_allclose(loaded, [2 * agent.act(state) for state in states], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(loaded, [2 * ddpg.in_numpy(agent.average_actor)(state) for state in states], rtol=1e-4, atol=1e-5)
 
 
 def test_import_has_no_side_effects_and_help_names_every_default(tmp_path, capsys):
@@ -557,7 +582,7 @@ def test_a_gif_needs_no_display(tmp_path, capfd):
     assert ddpg.main(["--gif", "--out", str(tmp_path)]) == 0
     with Image.open(tmp_path / "policy.gif") as gif:
         assert gif.n_frames > 100 and gif.info["duration"] > 20
-    total = sum(t[2] for t in ddpg.play(agent.act, env, ddpg.EVALUATION_SEEDS[0]))
+    total = sum(t[2] for t in ddpg.play(ddpg.in_numpy(agent.average_actor), env, ddpg.EVALUATION_SEEDS[0]))
     assert f"return {total:.1f}" in capfd.readouterr().out
 
 
@@ -570,7 +595,7 @@ def test_a_policy_is_watched_in_a_window(tmp_path, monkeypatch, capfd):
     monkeypatch.setitem(env.unwrapped.metadata, "render_fps", 0)  # as fast as it can be drawn
     monkeypatch.setattr(ddpg, "EVALUATION_SEEDS", [3, 4])
     assert ddpg.main(["--watch", "--out", str(tmp_path)]) == 0
-    totals = [sum(t[2] for t in ddpg.play(agent.act, env, seed)) for seed in (3, 4)]
+    totals = [sum(t[2] for t in ddpg.play(ddpg.in_numpy(agent.average_actor), env, seed)) for seed in (3, 4)]
     assert capfd.readouterr().out == "".join(f"return {total:.1f}\n" for total in totals)
 
 
