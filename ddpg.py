@@ -5,7 +5,7 @@ The critic learns from replayed transitions, the actor climbs the critic's slope
 both, the targets mu' and Q', keep the critic from chasing its own estimates. Algorithm 1 of
 Lillicrap et al. 2015 (arXiv:1509.02971) is the map of this file; sections are those of README.md:
 
-    networks mu, Q and their targets            ann, Agent           section 2
+    networks mu and Q                           ann, Agent           section 2
     exploration a = mu(s) + n                   noise                section 3
     memory of transitions (s, a, r, s', d)      ReplayBuffer         section 4
     critic's loss (y - Q(s, a))^2               Agent.critic_loss    section 5
@@ -50,7 +50,7 @@ SETTINGS = {  # name: default, least, most, meaning
     "gamma": (0.995, 0, 1, "discount per step"),
     "tau": (0.98, 0, 1, "share of itself that a target keeps; the paper's tau is 1 - this"),
     "average": (0.998, 0, 1, "the same for the average of actors that is the final policy"),
-    "huber": (0.2, 1e-9, 1e9, "error from which the critic's squared loss is a line"),
+    "huber": (0.2, 1e-9, 1e9, "error beyond which the critic's squared loss is a line"),
     "q_scale": (10.0, 1e-9, 1e9, "factor on the critic's output"),
     "noise": (0.3, 0, 10, "sigma of the exploration noise; 1 is half an action's range"),
     "noise_theta": (1.0, 0, 1, "1: white noise; 0.15: Ornstein-Uhlenbeck, the paper's"),
@@ -96,7 +96,7 @@ def ann(input_size, layer_sizes, output_activation, seed):
 
 
 def in_numpy(actor):
-    """A copy of the actor as it is now, (n,) -> (m,), at 1/100 of the time of a Keras call."""
+    """The actor as it is now, (n,) -> (m,), at 1/100 of the cost of a Keras call (section 9)."""
     weights = actor.get_weights()
 
     def mu(s):
@@ -157,10 +157,11 @@ def soft_update(target, network, tau):
 
 
 class Agent:
-    """Four networks, two optimizers, the memory, and the history [[steps so far, return], ...].
+    """The networks, two optimizers, the memory, and the history [[steps so far, return], ...].
 
     Learns in any `env` whose observations are a Box of shape (n,) and whose actions are a bounded
     Box of shape (m,), each of which it sees as [-1, 1] (section 2). ValueError for any other.
+    `policy` is the Keras model (N, n) -> (N, m) of actions in the environment's own units.
     """
 
     def __init__(self, env, settings):
@@ -181,7 +182,7 @@ class Agent:
         self.critic = keras.Model([s, a], keras.layers.Rescaling(settings.q_scale)(q))
         self.target_actor = keras.models.clone_model(self.actor)
         self.target_critic = keras.models.clone_model(self.critic)
-        self.average_actor = keras.models.clone_model(self.actor)
+        self.average_actor = keras.models.clone_model(self.actor)  # the final policy (section 7)
         soft_update(self.target_actor, self.actor, tau=0)  # a clone has weights of its own
         soft_update(self.target_critic, self.critic, tau=0)
         soft_update(self.average_actor, self.actor, tau=0)
@@ -200,7 +201,7 @@ class Agent:
         """L = 1/N sum (y - Q(s, a))^2 with y = r + gamma (1 - d) Q'(s', mu'(s')) (section 5).
 
         s, s_next: (N, n); a: (N, m); r, d: (N, 1), as r of (N,) would broadcast to an (N, N) table.
-        Beyond an error of `huber` the square goes on as a line, so that no error drowns the others.
+        Beyond an error of `huber` the square goes on as a line: large errors drown no small ones.
         """
         q_next = self.target_critic([s_next, self.target_actor(s_next)])
         y = r + self.settings.gamma * (1 - d) * q_next
@@ -316,7 +317,7 @@ def train(agent, env):
 
 
 def evaluate(agent, env):
-    """Ten returns without noise, and pairs (Q(s, mu(s)), discounted return that followed), (k, 2).
+    """Ten returns of the final policy, and pairs (k, 2) of Q(s, mu(s)) and what then followed.
 
     Where an episode is cut off, Q of its last state stands for the rest; states are left out where
     this rest would weigh half or more (section 10).
