@@ -305,12 +305,12 @@ def test_it_finds_the_linear_quadratic_optimum(seed):
     list(ddpg.train(agent, env))
     returns = ddpg.evaluate(agent, env)[0]
     optimum = np.array([-p * env.reset(seed=seed)[0][0] ** 2 for seed in ddpg.EVALUATION_SEEDS])
-    assert np.all(returns <= optimum + 1e-4) and sum(returns) > 1.05 * sum(optimum)
+    assert np.all(returns <= optimum + 1e-4) and sum(returns) > 1.03 * sum(optimum)
 
 
 @pytest.mark.parametrize("seed", [100, 101])
 def test_pendulum_stands_up_within_20_episodes(seed):
-    """20 seeds gave -149 to -143; a policy that needs one swing more from each start gives -200 or less."""
+    """20 seeds gave -150 to -143; a policy that needs one swing more from each start gives -200 or less."""
     env = gym.make("Pendulum-v1")
     agent = ddpg.Agent(env, ddpg.settings(episodes=20, seed=seed))
     list(ddpg.train(agent, env))
