@@ -48,7 +48,7 @@ SETTINGS = {  # name: default, least, most, meaning
     "actor_lr": (1e-3, 0, 1, "learning rate of the actor"),
     "critic_lr": (2e-3, 0, 1, "learning rate of the critic"),
     "gamma": (0.995, 0, 1, "discount per step"),
-    "tau": (0.975, 0, 1, "share of itself that a target keeps; the paper's tau is 1 - this"),
+    "tau": (0.98, 0, 1, "share of itself that a target keeps; the paper's tau is 1 - this"),
     "average": (0.998, 0, 1, "the same for the average of actors that is the final policy"),
     "huber": (0.2, 1e-9, 1e9, "error beyond which the critic's squared loss is a line"),
     "q_scale": (10.0, 1e-9, 1e9, "factor on the critic's output"),
@@ -57,7 +57,7 @@ SETTINGS = {  # name: default, least, most, meaning
     "batch_size": (192, 1, 10**6, "transitions in a batch, N"),
     "buffer_size": (100_000, 1, 10**8, "transitions remembered"),
     "warmup": (200, 1, 10**9, "environment steps before training, with random actions"),
-    "train_every": (25, 1, 10**6, "environment steps in a block; the paper's is 1"),
+    "train_every": (50, 1, 10**6, "environment steps in a block; the paper's is 1"),
     "updates": (1.0, 0, 1000, "gradient steps per environment step"),
 }
 EVALUATION_SEEDS = range(1_000_000, 1_000_010)  # the same ten starts for every run
