@@ -44,7 +44,7 @@ SETTINGS = {  # name: default, least, most, meaning
     "env": ("Pendulum-v1", None, None, "Gymnasium environment; module:Name-v0 for your own"),
     "episodes": (100, 1, 10**9, "episodes to train"),
     "seed": (0, 0, 2**31 - 1, "source of all randomness"),
-    "hidden": ([64, 64, 64], 1, 10**5, "hidden layer sizes of both networks; none: linear"),
+    "hidden": ([64, 64, 64], 1, 10**5, "hidden layer sizes of both networks"),
     "actor_lr": (1e-3, 0, 1, "learning rate of the actor"),
     "critic_lr": (2e-3, 0, 1, "learning rate of the critic"),
     "gamma": (0.995, 0, 1, "discount per step"),
@@ -65,7 +65,7 @@ SAVE_EVERY = 20  # seconds between checkpoints
 
 
 def settings(**changes):
-    """The default settings with `changes`, as a namespace. ValueError: out of range."""
+    """The default settings with `changes`, as a namespace. ValueError if one is out of range."""
     for name, value in changes.items():
         _, least, most, _ = SETTINGS[name]
         if name != "env" and not all(least <= number <= most for number in np.ravel(value)):
@@ -160,7 +160,7 @@ class Agent:
     """The networks, two optimizers, the memory, and the history [[steps so far, return], ...].
 
     Learns in any `env` whose observations are a Box of shape (n,) and whose actions are a bounded
-    Box of shape (m,), each of which it sees as [-1, 1] (section 2). ValueError for any other.
+    Box of shape (m,), inside always [-1, 1] (section 2). ValueError for any other.
     `policy` is the Keras model (N, n) -> (N, m) of actions in the environment's own units.
     """
 
@@ -183,7 +183,7 @@ class Agent:
         self.target_actor = keras.models.clone_model(self.actor)
         self.target_critic = keras.models.clone_model(self.critic)
         self.average_actor = keras.models.clone_model(self.actor)  # the final policy (section 7)
-        soft_update(self.target_actor, self.actor, tau=0)  # a clone has weights of its own
+        soft_update(self.target_actor, self.actor, tau=0)  # a clone starts with random weights
         soft_update(self.target_critic, self.critic, tau=0)
         soft_update(self.average_actor, self.actor, tau=0)
         low, high = actions.low.astype(float), actions.high.astype(float)
@@ -191,7 +191,7 @@ class Agent:
             ((high - low) / 2).tolist(), ((high + low) / 2).tolist())])
         self.actor_optimizer = keras.optimizers.Adam(settings.actor_lr)
         self.critic_optimizer = keras.optimizers.Adam(settings.critic_lr)
-        self.actor_optimizer.build(self.actor.variables)  # so that a checkpoint has where to go
+        self.actor_optimizer.build(self.actor.variables)  # so that restore finds variables to fill
         self.critic_optimizer.build(self.critic.variables)
         self.variables = [variable for part in (
             self.actor, self.critic, self.target_actor, self.target_critic, self.average_actor,
@@ -224,7 +224,7 @@ class Agent:
 
         A call to TensorFlow costs more than one gradient step, so a whole block is one (section 9).
         """
-        losses = tf.zeros(2)  # only the last are checked: an earlier nan is in the weights by then
+        losses = tf.zeros(2)  # the loop keeps the last: an earlier nan is in the weights by then
         for batch in batches:
             s, a, r, s_next, d = tf.split(batch, self.buffer.columns, axis=1)
             losses = tf.stack([
@@ -238,7 +238,7 @@ class Agent:
             losses, *self.actor.variables, *self.critic.variables]])
 
     def learn(self, steps):
-        """`steps` gradient steps on fresh samples. Raises FloatingPointError when they diverge."""
+        """`steps` gradient steps on fresh samples. FloatingPointError if training diverges."""
         batches = self.buffer.sample(self.rng, steps, self.settings.batch_size)
         if steps and not self.train_block(batches):
             raise FloatingPointError("a loss or a weight is no longer finite; try lower learning "
@@ -255,11 +255,11 @@ class Agent:
         part.replace(path)
 
     def restore(self, saved):
-        """Become the agent that was saved. ValueError if that was one for another environment."""
+        """Become the agent that was saved. ValueError if its environment had other sizes."""
         if saved["rows"].shape[1:] != self.buffer.rows.shape[1:]:
             raise ValueError("its checkpoint is of an environment with other sizes")
         for i, variable in enumerate(self.variables):
-            variable.assign(saved[f"arr_{i}"])  # as numpy.savez calls what has no name
+            variable.assign(saved[f"arr_{i}"])  # numpy.savez calls arrays without a name arr_0, ...
         self.buffer.added, self.history = int(saved["added"]), saved["history"].tolist()
         self.buffer.rows[:len(self.buffer)] = saved["rows"]
         self.rng.bit_generator.state = json.loads(str(saved["rng"]))
@@ -278,7 +278,7 @@ def play(policy, env, seed):
     """
     space = env.action_space
     low, high = space.low.astype(float), space.high.astype(float)
-    state, over = np.array(env.reset(seed=seed)[0], np.float32), False  # a copy, as envs reuse it
+    state, over = np.array(env.reset(seed=seed)[0], np.float32), False  # a copy: envs may reuse it
     while not over:
         a = policy(state)
         action = np.clip(low + (high - low) * (a + 1) / 2, low, high)
@@ -293,23 +293,23 @@ def train(agent, env):
     """Algorithm 1 (section 8), as a generator: at each episode's end it yields the return.
 
     Between episodes nothing is under way, so a run can be saved or stopped there. Each reset has a
-    seed drawn from agent.rng, so that a resumed run repeats it.
+    seed drawn from agent.rng, so that a resumed run gets the same starts.
     """
-    settings, buffer, rng, size = agent.settings, agent.buffer, agent.rng, *env.action_space.shape
-    mu = in_numpy(agent.actor)
+    settings, buffer, rng = agent.settings, agent.buffer, agent.rng
+    mu, size = in_numpy(agent.actor), env.action_space.shape[0]
     while len(agent.history) < settings.episodes:
-        n, total = noise(size, settings.noise, settings.noise_theta, rng), 0.0
+        noises, total = noise(size, settings.noise, settings.noise_theta, rng), 0.0
 
         def explore(s):
             random = buffer.added < settings.warmup
-            return rng.uniform(-1, 1, size) if random else np.clip(mu(s) + next(n), -1, 1)
+            return rng.uniform(-1, 1, size) if random else np.clip(mu(s) + next(noises), -1, 1)
 
         for transition in play(explore, env, seed=int(rng.integers(2**31))):
             buffer.add(*transition)
             total += transition[2]
             step, block = buffer.added, settings.train_every
             if step >= settings.warmup and step % block == 0:
-                # `updates` may be a fraction: steps due by now, less those due a block ago
+                # those due by now, less those due a block ago: `updates` may be a fraction
                 agent.learn(int(settings.updates * step) - int(settings.updates * (step - block)))
                 mu = in_numpy(agent.actor)
         agent.history.append([step, total])
@@ -317,7 +317,7 @@ def train(agent, env):
 
 
 def evaluate(agent, env):
-    """Ten returns of the final policy, and pairs (k, 2) of Q(s, mu(s)) and what then followed.
+    """Ten returns of the average actor mu, and pairs (k, 2) of Q(s, mu(s)) and what followed.
 
     Where an episode is cut off, Q of its last state stands for the rest; states are left out where
     this rest would weigh half or more (section 10).
@@ -327,8 +327,8 @@ def evaluate(agent, env):
         states, _, rewards, next_states, terminated = zip(*play(mu, env, seed))
         states = tf.stack([*states, next_states[-1]])
         estimates = agent.critic([states, agent.average_actor(states)]).numpy()[:, 0]
-        followed = 0.0 if terminated[-1] else estimates[-1]  # at the last s'; [-2] is at the last s
-        for k, reward in enumerate(rewards[::-1], 1):  # from the end backwards, k steps to go
+        followed = 0.0 if terminated[-1] else estimates[-1]  # Q where no action followed any more
+        for k, reward in enumerate(rewards[::-1], 1):  # backwards, from k steps before the end
             followed = reward + agent.settings.gamma * followed
             if terminated[-1] or agent.settings.gamma**k < 0.5:
                 pairs.append((estimates[-1 - k], followed))
@@ -339,8 +339,7 @@ def evaluate(agent, env):
 def plot(history, pairs):
     """The figure: training returns and their ten-episode mean; the critic's estimates and truth."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    returns = [total for _, total in history]
-    episodes = range(1, len(returns) + 1)
+    returns, episodes = [total for _, total in history], range(1, len(history) + 1)
     left.plot(episodes, returns, alpha=0.4, label="episode")
     left.plot(episodes[9:], [np.mean(returns[i - 10:i]) for i in episodes[9:]], label="mean of ten")
     left.set(title="Training", xlabel="episode", ylabel="return")
@@ -357,9 +356,12 @@ def run(agent, env, out):
     path, pairs, stopping = Path(out) / "checkpoint.npz", np.empty((0, 2)), []
     agent.save(path)  # the good state to return to should the very first episodes diverge
     steps, began, saved_at = agent.buffer.added, time.monotonic(), time.monotonic()
-    # Ctrl-C is heard at the episode's end; a second one, given back its old meaning, at once
-    before = signal.signal(
-        signal.SIGINT, lambda *_: stopping.append(signal.signal(signal.SIGINT, before)))
+
+    def stop(*_):  # Ctrl-C is heard at the episode's end, a second one at once
+        stopping.append(True)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, stop)
     try:
         for total in train(agent, env):
             now = time.monotonic()
@@ -414,9 +416,8 @@ def watch(agent, env, gif=None):
 
 def main(arguments=None):
     """The command line. Returns 0, 1 (diverged), 2 (bad input) or 130 (interrupted)."""
-    parser = argparse.ArgumentParser(
-        description="Train a DDPG agent, resume its training, or watch it.",
-        allow_abbrev=False, exit_on_error=False)
+    parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False, description=(
+        "Train a DDPG agent, resume its training, or watch it."))
     for name, (default, _, _, meaning) in SETTINGS.items():
         kind, count = (int, "*") if name == "hidden" else (type(default), None)
         parser.add_argument(flag(name), type=kind, nargs=count, metavar="X",
@@ -426,7 +427,7 @@ def main(arguments=None):
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--watch", action="store_true", help="play its policy in a window")
     parser.add_argument("--gif", action="store_true", help="play it once into policy.gif instead")
-    about, remedy = "", "see --help"  # of an error in what comes next
+    about, remedy = "", "see --help"  # for an error in the lines that follow
     try:
         asked, unknown = parser.parse_known_args(arguments)
         if unknown:
@@ -449,10 +450,10 @@ def main(arguments=None):
             raise ValueError("an unfinished run: add --resume to go on, or choose another folder")
 
         about, remedy = f"--env {chosen.env}: ", "choose another, or install what it needs"
-        if max(chosen.hidden, default=0) < 128:  # too small to share between threads
+        if chosen.batch_size * max(chosen.hidden, default=0) < 8192:  # too little work to share out
             tf.config.threading.set_intra_op_parallelism_threads(1)
-        env = gym.make(chosen.env, **(
-            {"render_mode": "rgb_array" if asked.gif else "human"} if show else {}))
+        mode = {"render_mode": "rgb_array" if asked.gif else "human"} if show else {}
+        env = gym.make(chosen.env, **mode)
         agent = Agent(env, chosen)
         if asked.resume or show:
             agent.restore(saved)
@@ -461,7 +462,7 @@ def main(arguments=None):
             return 0
 
         about, remedy = f"--out {out}: ", "choose a folder that can be written"
-        agent.save(path)
+        agent.save(path)  # refused here rather than after training
         if saved and not asked.resume:
             print(f"replacing the finished run in {out}")
     except Exception as error:  # ours are ValueErrors and bring their own remedy

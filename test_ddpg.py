@@ -619,8 +619,8 @@ def test_the_readme_and_the_program_agree(tmp_path, monkeypatch):
     excerpts = re.findall(r"```python\n(.*?)```", notes, re.S)
     assert len(excerpts) >= 8 and all(excerpt in program for excerpt in excerpts)
     for name in re.findall(r"`((?:ddpg\.)?[A-Za-z_]+(?:\.[a-z_]+)?)(?:\([^`]*\))?`", notes):
-        where = ddpg
-        for part in name.removeprefix("ddpg.").split("."):
+        where = small() if name.startswith("agent.") else ddpg
+        for part in re.sub(r"^(ddpg|agent)\.", "", name).split("."):
             where = globals().get(part) or getattr(where, part)
     tests = re.findall(r"`(test_\w+)`", readme)
     assert len(tests) >= 5 and set(tests) <= set(globals())
