@@ -319,17 +319,21 @@ def test_pendulum_stands_up_within_20_episodes(seed):
 
 @pytest.mark.parametrize("terminates, kept", [(True, 20), (False, 7)])
 def test_honesty_compares_q_with_the_discounted_rest(terminates, kept):
-    """Q(x, a) = x, gamma 0.95: where an episode is cut off, 0.95^14 < 0.5 keeps states 0 to 6."""
+    """Q(x, a) = x + 2 a and mu(x) = tanh(-x / 4), the average actor's. With gamma = 0.95, where an
+    episode is cut off, 0.95^14 < 0.5 keeps states 0 to 6."""
     env = Line(terminates=terminates)
     agent = small(env, hidden=(), gamma=0.95, q_scale=1.0)
-    agent.critic.set_weights([np.array([[1.0], [0.0]]), np.zeros(1)])
+    agent.average_actor.set_weights([np.array([[-0.25]]), np.zeros(1)])
+    agent.critic.set_weights([np.array([[1.0], [2.0]]), np.zeros(1)])
+    def q(x):
+        return x + 2 * np.tanh(-x / 4)
     returns, pairs = ddpg.evaluate(agent, env)
     states, _, rewards, next_states, _ = zip(*ddpg.play(ddpg.in_numpy(agent.average_actor), env, ddpg.EVALUATION_SEEDS[0]))
     assert len(pairs) == 10 * kept and returns[0] == pytest.approx(sum(rewards))
     estimates, followed = pairs[:kept].T[:, ::-1]  # of the first episode, whose last state comes first
-    np.testing.assert_allclose(estimates, np.ravel(states)[:kept], atol=1e-6)
+    np.testing.assert_allclose(estimates, q(np.ravel(states)[:kept]), atol=1e-6)
     for t in range(kept):
-        rest = [*rewards[t:], 0.0 if terminates else next_states[-1][0]]
+        rest = [*rewards[t:], 0.0 if terminates else q(next_states[-1][0])]
         assert followed[t] == pytest.approx(sum(0.95**k * r for k, r in enumerate(rest)), abs=1e-5)
 
 
