@@ -317,7 +317,7 @@ def train(agent, env):
 
 
 def evaluate(agent, env):
-    """Ten returns of the average actor mu, and pairs (k, 2) of Q(s, mu(s)) and what followed.
+    """Ten returns of the average actor mu, and rows of Q(s, mu(s)) beside what followed.
 
     Where an episode is cut off, Q of its last state stands for the rest; states are left out where
     this rest would weigh half or more (section 10).
