@@ -19,6 +19,7 @@ Lillicrap et al. 2015 (arXiv:1509.02971) is the map of this file; sections are t
 """
 
 import argparse
+import copy
 import json
 import os
 import signal
@@ -31,7 +32,7 @@ import matplotlib.animation
 import matplotlib.pyplot as plt
 import numpy as np
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ |= {"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"}
 real_stderr = os.dup(2)  # no setting silences all that TensorFlow prints while it loads
 os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 try:
@@ -49,7 +50,7 @@ SETTINGS = {  # name: default, least, most, meaning
     "critic_lr": (2e-3, 0, 1, "learning rate of the critic"),
     "gamma": (0.995, 0, 1, "discount per step"),
     "tau": (0.98, 0, 1, "share of itself that a target keeps; the paper's tau is 1 - this"),
-    "average": (0.998, 0, 1, "the same for the average of actors that is the final policy"),
+    "average": (0.998, 0, 1, "share that the average actor, the final policy, keeps of itself"),
     "huber": (0.2, 1e-9, 1e9, "error beyond which the critic's squared loss is a line"),
     "q_scale": (10.0, 1e-9, 1e9, "factor on the critic's output"),
     "noise": (0.3, 0, 10, "sigma of the exploration noise; 1 is half an action's range"),
@@ -64,21 +65,21 @@ EVALUATION_SEEDS = range(1_000_000, 1_000_010)  # the same ten starts for every 
 SAVE_EVERY = 20  # seconds between checkpoints
 
 
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
 def settings(**changes):
     """The default settings with `changes`, as a namespace. ValueError if one is out of range."""
     for name, value in changes.items():
         _, least, most, _ = SETTINGS[name]
         if name != "env" and not all(least <= number <= most for number in np.ravel(value)):
             raise ValueError(f"{flag(name)} {value} is out of range: choose {least} to {most}")
-    chosen = argparse.Namespace(**{name: row[0] for name, row in SETTINGS.items()} | changes)
+    chosen = argparse.Namespace(**({name: row[0] for name, row in SETTINGS.items()} | changes))
     if chosen.batch_size > min(chosen.warmup, chosen.buffer_size):
         raise ValueError(f"--batch-size {chosen.batch_size} is more than --warmup {chosen.warmup} "
-                         f"or --buffer-size {chosen.buffer_size}: lower it, or raise that")
+                         f"or --buffer-size {chosen.buffer_size}: choose a smaller batch")
     return chosen
-
-
-def flag(name):
-    return "--" + name.replace("_", "-")
 
 
 def ann(input_size, layer_sizes, output_activation, seed):
@@ -95,17 +96,12 @@ def ann(input_size, layer_sizes, output_activation, seed):
         keras.layers.Activation(output_activation)])
 
 
-def in_numpy(actor):
-    """The actor as it is now, (n,) -> (m,), at 1/100 of the cost of a Keras call (section 9)."""
-    weights = actor.get_weights()
-
-    def mu(s):
-        h = s
-        for kernel, bias in zip(weights[::2], weights[1::2]):
-            x = h @ kernel + bias
-            h = np.maximum(x, 0)  # unused after the last layer, which has tanh instead
-        return np.tanh(x)
-    return mu
+def mu(weights, s):
+    """The actor of these weights, (n,) -> (m,), at 1/100 of a Keras call's time (section 9)."""
+    for kernel, bias in zip(weights[::2], weights[1::2]):
+        x = s @ kernel + bias
+        s = np.maximum(x, 0)  # what the next layer sees; the last has tanh instead
+    return np.tanh(x)
 
 
 def noise(size, sigma, theta, rng):
@@ -127,11 +123,8 @@ class ReplayBuffer:
         self.rows = np.zeros((capacity, sum(self.columns)), np.float32)
         self.added = 0  # since the beginning, so this also counts the environment's steps
 
-    def __len__(self):
-        return min(self.added, len(self.rows))
-
-    def add(self, state, action, reward, next_state, terminated):
-        row = np.concatenate([state, action, [reward], next_state, [terminated]], dtype=np.float32)
+    def add(self, s, a, r, s_next, d):
+        row = np.concatenate([s, a, [r], s_next, [d]], dtype=np.float32)
         if not np.isfinite(row).all():
             raise FloatingPointError("the environment gave a state or reward that is not finite")
         self.rows[self.added % len(self.rows)] = row
@@ -139,13 +132,14 @@ class ReplayBuffer:
 
     def sample(self, rng, *shape):
         """Rows drawn uniformly with replacement: with shape k, N it is k batches, (k, N, row)."""
-        return self.rows.take(rng.integers(len(self), size=shape), axis=0)
+        filled = min(self.added, len(self.rows))
+        return self.rows.take(rng.integers(filled, size=shape), axis=0)
 
 
-def descend(loss, network, optimizer):
-    """Move the weights of `network`, and nothing else, one step down loss(). Returns loss()."""
+def descend(network, optimizer, loss, *batch):
+    """Move the weights of `network`, no others, one step down loss(*batch). Returns that loss."""
     with tf.GradientTape() as tape:
-        value = loss()
+        value = loss(*batch)
     optimizer.apply(tape.gradient(value, network.trainable_variables))
     return value
 
@@ -157,10 +151,10 @@ def soft_update(target, network, tau):
 
 
 class Agent:
-    """The networks, two optimizers, the memory, and the history [[steps so far, return], ...].
+    """The networks, their optimizers, the memory, and the history [[steps so far, return], ...].
 
     Learns in any `env` whose observations are a Box of shape (n,) and whose actions are a bounded
-    Box of shape (m,), inside always [-1, 1] (section 2). ValueError for any other.
+    Box of shape (m,); ValueError for others. Inside, an action is always in [-1, 1] (section 2).
     `policy` is the Keras model (N, n) -> (N, m) of actions in the environment's own units.
     """
 
@@ -176,23 +170,19 @@ class Agent:
 
         seed = keras.random.SeedGenerator(settings.seed)
         self.actor = ann(n, [*settings.hidden, m], "tanh", seed)
+        self.critic = keras.Sequential([ann(n + m, [*settings.hidden, 1], "linear", seed),
+                                        keras.layers.Rescaling(settings.q_scale)])
         self.before_tanh = keras.Sequential(self.actor.layers[:-1])  # the same layers but the last
-        s, a = keras.Input((n,)), keras.Input((m,))
-        q = ann(n + m, [*settings.hidden, 1], None, seed)(keras.layers.Concatenate()([s, a]))
-        self.critic = keras.Model([s, a], keras.layers.Rescaling(settings.q_scale)(q))
-        self.target_actor = keras.models.clone_model(self.actor)
-        self.target_critic = keras.models.clone_model(self.critic)
-        self.average_actor = keras.models.clone_model(self.actor)  # the final policy (section 7)
-        soft_update(self.target_actor, self.actor, tau=0)  # a clone starts with random weights
-        soft_update(self.target_critic, self.critic, tau=0)
-        soft_update(self.average_actor, self.actor, tau=0)
-        low, high = actions.low.astype(float), actions.high.astype(float)
-        self.policy = keras.Sequential([self.average_actor, keras.layers.Rescaling(
-            ((high - low) / 2).tolist(), ((high + low) / 2).tolist())])
+        self.target_actor, self.target_critic = copy.deepcopy((self.actor, self.critic))
         self.actor_optimizer = keras.optimizers.Adam(settings.actor_lr)
         self.critic_optimizer = keras.optimizers.Adam(settings.critic_lr)
         self.actor_optimizer.build(self.actor.variables)  # so that restore finds variables to fill
         self.critic_optimizer.build(self.critic.variables)
+
+        self.average_actor = copy.deepcopy(self.actor)  # the final policy (section 7)
+        low, high = actions.low.astype(float), actions.high.astype(float)
+        self.policy = keras.Sequential([self.average_actor, keras.layers.Rescaling(
+            ((high - low) / 2).tolist(), ((high + low) / 2).tolist())])
         self.variables = [variable for part in (
             self.actor, self.critic, self.target_actor, self.target_critic, self.average_actor,
             self.actor_optimizer, self.critic_optimizer) for variable in part.variables]
@@ -203,9 +193,9 @@ class Agent:
         s, s_next: (N, n); a: (N, m); r, d: (N, 1), as r of (N,) would broadcast to an (N, N) table.
         Beyond an error of `huber` the square goes on as a line: large errors drown no small ones.
         """
-        q_next = self.target_critic([s_next, self.target_actor(s_next)])
+        q_next = self.target_critic(tf.concat([s_next, self.target_actor(s_next)], axis=1))
         y = r + self.settings.gamma * (1 - d) * q_next
-        error = y - self.critic([s, a])
+        error = y - self.critic(tf.concat([s, a], axis=1))
         cut = tf.clip_by_value(error, -self.settings.huber, self.settings.huber)
         return tf.reduce_mean(cut * (2 * error - cut))
 
@@ -216,7 +206,7 @@ class Agent:
         """
         x = self.before_tanh(s)
         toll = tf.reduce_mean(tf.nn.relu(tf.abs(x) - 5) ** 2)
-        return toll - tf.reduce_mean(self.critic([s, tf.tanh(x)]))
+        return toll - tf.reduce_mean(self.critic(tf.concat([s, tf.tanh(x)], axis=1)))
 
     @tf.function(jit_compile=True)
     def train_block(self, batches):
@@ -224,51 +214,41 @@ class Agent:
 
         A call to TensorFlow costs more than one gradient step, so a whole block is one (section 9).
         """
-        losses = tf.zeros(2)  # the loop keeps the last: an earlier nan is in the weights by then
+        total = 0.0  # of all losses; it and all later sums are finite only if every term is
         for batch in batches:
             s, a, r, s_next, d = tf.split(batch, self.buffer.columns, axis=1)
-            losses = tf.stack([
-                descend(lambda: self.critic_loss(s, a, r, s_next, d),
-                        self.critic, self.critic_optimizer),
-                descend(lambda: self.actor_loss(s), self.actor, self.actor_optimizer)])
+            total += descend(self.critic, self.critic_optimizer,
+                             self.critic_loss, s, a, r, s_next, d)
+            total += descend(self.actor, self.actor_optimizer, self.actor_loss, s)
             soft_update(self.target_actor, self.actor, self.settings.tau)
             soft_update(self.target_critic, self.critic, self.settings.tau)
             soft_update(self.average_actor, self.actor, self.settings.average)
-        return tf.reduce_all([tf.reduce_all(tf.math.is_finite(x)) for x in [
-            losses, *self.actor.variables, *self.critic.variables]])
-
-    def learn(self, steps):
-        """`steps` gradient steps on fresh samples. FloatingPointError if training diverges."""
-        batches = self.buffer.sample(self.rng, steps, self.settings.batch_size)
-        if steps and not self.train_block(batches):
-            raise FloatingPointError("a loss or a weight is no longer finite; try lower learning "
-                                     "rates, or look for huge rewards")
+        weights = self.actor.variables + self.critic.variables
+        return tf.math.is_finite(tf.add_n([total, *map(tf.reduce_sum, weights)]))
 
     def save(self, path):
         """Write all that decides the future to `path`: all or nothing, and without pickle."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part.npz")
-        np.savez(part, *[v.numpy() for v in self.variables], added=self.buffer.added,
-                 rows=self.buffer.rows[:len(self.buffer)], history=self.history,
-                 rng=json.dumps(self.rng.bit_generator.state),
-                 settings=json.dumps(vars(self.settings)))
+        part = path.with_suffix(".part.npz")  # a name that numpy.savez leaves as it is
+        rest = {"settings": vars(self.settings), "rng": self.rng.bit_generator.state,
+                "added": self.buffer.added, "history": self.history}
+        np.savez(part, *[variable.numpy() for variable in self.variables],
+                 rows=self.buffer.rows[:self.buffer.added], rest=json.dumps(rest))
         part.replace(path)
 
     def restore(self, saved):
         """Become the agent that was saved. ValueError if its environment had other sizes."""
-        if saved["rows"].shape[1:] != self.buffer.rows.shape[1:]:
-            raise ValueError("its checkpoint is of an environment with other sizes")
         for i, variable in enumerate(self.variables):
             variable.assign(saved[f"arr_{i}"])  # numpy.savez calls arrays without a name arr_0, ...
-        self.buffer.added, self.history = int(saved["added"]), saved["history"].tolist()
-        self.buffer.rows[:len(self.buffer)] = saved["rows"]
-        self.rng.bit_generator.state = json.loads(str(saved["rng"]))
+        self.buffer.rows[:len(saved["rows"])] = saved["rows"]
+        self.buffer.added, self.history = saved["added"], saved["history"]
+        self.rng.bit_generator.state = saved["rng"]
 
 
 def read_checkpoint(path):
     """What Agent.save wrote, as a dict. A damaged file raises what numpy.load raises."""
     with np.load(path) as file:
-        return {**file, "settings": settings(**json.loads(str(file["settings"])))}
+        return {**file, **json.loads(str(file["rest"]))}
 
 
 def play(policy, env, seed):
@@ -281,11 +261,11 @@ def play(policy, env, seed):
     state, over = np.array(env.reset(seed=seed)[0], np.float32), False  # a copy: envs may reuse it
     while not over:
         a = policy(state)
-        action = np.clip(low + (high - low) * (a + 1) / 2, low, high)
-        action = np.rint(action) if space.dtype.kind in "iu" else action
+        action = np.clip((high + low) / 2 + (high - low) / 2 * a, low, high)
+        action = action if space.dtype.kind == "f" else np.rint(action)
         next_state, reward, terminated, truncated, _ = env.step(action.astype(space.dtype))
         next_state = np.array(next_state, np.float32)
-        yield state, a, float(reward), next_state, terminated
+        yield state, a, float(np.squeeze(reward)), next_state, terminated
         state, over = next_state, terminated or truncated
 
 
@@ -293,47 +273,51 @@ def train(agent, env):
     """Algorithm 1 (section 8), as a generator: at each episode's end it yields the return.
 
     Between episodes nothing is under way, so a run can be saved or stopped there. Each reset has a
-    seed drawn from agent.rng, so that a resumed run gets the same starts.
+    seed from agent.rng, so a resumed run gets the same starts. FloatingPointError if it diverges.
     """
     settings, buffer, rng = agent.settings, agent.buffer, agent.rng
-    mu, size = in_numpy(agent.actor), env.action_space.shape[0]
+    weights, size = agent.actor.get_weights(), env.action_space.shape[0]
     while len(agent.history) < settings.episodes:
         noises, total = noise(size, settings.noise, settings.noise_theta, rng), 0.0
 
-        def explore(s):
-            random = buffer.added < settings.warmup
-            return rng.uniform(-1, 1, size) if random else np.clip(mu(s) + next(noises), -1, 1)
+        def explore(s):  # with the weights of the last block
+            if buffer.added < settings.warmup:
+                return rng.uniform(-1, 1, size)
+            return np.clip(mu(weights, s) + next(noises), -1, 1)
 
-        for transition in play(explore, env, seed=int(rng.integers(2**31))):
-            buffer.add(*transition)
-            total += transition[2]
+        for s, a, r, s_next, d in play(explore, env, seed=int(rng.integers(2**31))):
+            buffer.add(s, a, r, s_next, d)
+            total += r
             step, block = buffer.added, settings.train_every
             if step >= settings.warmup and step % block == 0:
-                # those due by now, less those due a block ago: `updates` may be a fraction
-                agent.learn(int(settings.updates * step) - int(settings.updates * (step - block)))
-                mu = in_numpy(agent.actor)
-        agent.history.append([step, total])
+                # gradient steps due by now, less those due a block ago: `updates` may be a fraction
+                k = int(settings.updates * step) - int(settings.updates * (step - block))
+                finite = k == 0 or agent.train_block(buffer.sample(rng, k, settings.batch_size))
+                if not finite:
+                    raise FloatingPointError("a loss or a weight is no longer finite: check the "
+                                             "rewards, try lower learning rates in a new --out")
+                weights = agent.actor.get_weights()
+        agent.history.append([buffer.added, total])
         yield total
 
 
 def evaluate(agent, env):
-    """Ten returns of the average actor mu, and rows of Q(s, mu(s)) beside what followed.
+    """Ten episodes of the final policy; yields for each its return and rows Q(s, mu(s)), truth.
 
-    Where an episode is cut off, Q of its last state stands for the rest; states are left out where
-    this rest would weigh half or more (section 10).
+    The truth is the discounted return that followed. Where an episode is cut off, Q of its last
+    state stands for the rest; states where it would weigh half or more are left out (section 10).
     """
-    mu, returns, pairs = in_numpy(agent.average_actor), [], []
+    weights, gamma = agent.average_actor.get_weights(), agent.settings.gamma
     for seed in EVALUATION_SEEDS:
-        states, _, rewards, next_states, terminated = zip(*play(mu, env, seed))
+        states, _, rewards, next_states, ended = zip(*play(lambda s: mu(weights, s), env, seed))
         states = tf.stack([*states, next_states[-1]])
-        estimates = agent.critic([states, agent.average_actor(states)]).numpy()[:, 0]
-        followed = 0.0 if terminated[-1] else estimates[-1]  # Q where no action followed any more
+        q = agent.critic(tf.concat([states, agent.average_actor(states)], axis=1)).numpy()[:, 0]
+        pairs, truth = [], 0.0 if ended[-1] else q[-1]  # of the last s', where no action followed
         for k, reward in enumerate(rewards[::-1], 1):  # backwards, from k steps before the end
-            followed = reward + agent.settings.gamma * followed
-            if terminated[-1] or agent.settings.gamma**k < 0.5:
-                pairs.append((estimates[-1 - k], followed))
-        returns.append(sum(rewards))
-    return np.array(returns), np.reshape(pairs, (-1, 2))
+            truth = reward + gamma * truth
+            if ended[-1] or gamma**k < 0.5:
+                pairs.append((q[-1 - k], truth))
+        yield sum(rewards), pairs
 
 
 def plot(history, pairs):
@@ -344,8 +328,9 @@ def plot(history, pairs):
     left.plot(episodes[9:], [np.mean(returns[i - 10:i]) for i in episodes[9:]], label="mean of ten")
     left.set(title="Training", xlabel="episode", ylabel="return")
     left.legend()
-    right.scatter(pairs[:, 1], pairs[:, 0], s=4, alpha=0.3)
-    right.plot(pairs[:, 1], pairs[:, 1], color="gray")
+    estimates, truths = np.reshape(pairs, (-1, 2)).T
+    right.scatter(truths, estimates, s=4, alpha=0.3)
+    right.plot(truths, truths, color="gray")  # the diagonal
     right.set(title="The critic's honesty", ylabel="estimate Q(s, mu(s))",
               xlabel="discounted rewards that followed, the rest by Q")
     return figure
@@ -353,9 +338,9 @@ def plot(history, pairs):
 
 def run(agent, env, out):
     """Train to the end or to Ctrl-C, leave the results in the folder `out`; the exit status."""
-    path, pairs, stopping = Path(out) / "checkpoint.npz", np.empty((0, 2)), []
+    path, pairs, stopping = Path(out) / "checkpoint.npz", [], []
     agent.save(path)  # the good state to return to should the very first episodes diverge
-    steps, began, saved_at = agent.buffer.added, time.monotonic(), time.monotonic()
+    first_step, began, saved_at = agent.buffer.added, time.perf_counter(), time.perf_counter()
 
     def stop(*_):  # Ctrl-C is heard at the episode's end, a second one at once
         stopping.append(True)
@@ -364,18 +349,18 @@ def run(agent, env, out):
     before = signal.signal(signal.SIGINT, stop)
     try:
         for total in train(agent, env):
-            now = time.monotonic()
+            now = time.perf_counter()
             print(f"\repisode {len(agent.history)}/{agent.settings.episodes}, return {total:.1f}, "
                   f"mean of last 10 {np.mean(agent.history[-10:], axis=0)[1]:.1f}, "
-                  f"{(agent.buffer.added - steps) / (now - began):.0f} steps/s".ljust(80),
+                  f"{(agent.buffer.added - first_step) / (now - began):.0f} steps/s".ljust(80),
                   end="", flush=True)
             if stopping:
                 raise KeyboardInterrupt
             if now > saved_at + SAVE_EVERY:
                 agent.save(path)
                 saved_at = now
-        returns, pairs = evaluate(agent, env)
-        print(f"\nmean return of {len(returns)} fresh episodes without noise: {returns.mean():.1f}")
+        returns, pairs = zip(*evaluate(agent, env))
+        print(f"\nmean return of ten fresh episodes without noise: {np.mean(returns):.1f}")
         return 0
     except KeyboardInterrupt:
         print(f"\ninterrupted: python ddpg.py --resume --out {out} goes on from here")
@@ -387,37 +372,30 @@ def run(agent, env, out):
     finally:
         signal.signal(signal.SIGINT, before)
         agent.save(path)
-        rows = [f"{i},{steps:.0f},{total}\n" for i, (steps, total) in enumerate(agent.history, 1)]
-        path.with_name("returns.csv").write_text("".join(["episode,steps,return\n", *rows]))
+        rows = [f"{i},{step},{total}\n" for i, (step, total) in enumerate(agent.history, 1)]
+        path.with_name("returns.csv").write_text("episode,steps,return\n" + "".join(rows))
         agent.policy.save(path.with_name("actor.keras"))
-        plot(agent.history, pairs).savefig(path.with_name("returns.png"))
+        plot(agent.history, sum(pairs, [])).savefig(path.with_name("returns.png"))
 
 
-def watch(agent, env, gif=None):
+def watch(agent, env, gif):
     """Play without noise and print the returns: ten episodes in a window, or one into `gif`."""
-    if not gif and sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & {*os.environ}:
-        raise ValueError("--watch finds no display: try --gif")
     os.environ.setdefault("SDL_FRAMEBUFFER_ACCELERATION", "0")  # OpenGL crashes beside TensorFlow
-    frames = []
-    for seed in EVALUATION_SEEDS[:1 if gif else None]:
-        total = 0.0
-        for _, _, reward, _, _ in play(in_numpy(agent.average_actor), env, seed):
-            total += reward
-            frames += [env.render()] if gif else []
+    for total, _ in evaluate(agent, env):
         print(f"return {total:.1f}")
-    if gif:
-        figure = matplotlib.figure.Figure(figsize=(3, 3))
-        image = figure.add_axes((0, 0, 1, 1), frame_on=False).imshow(frames[0])
-        matplotlib.animation.FuncAnimation(figure, image.set_data, frames).save(
-            gif, "pillow", env.metadata.get("render_fps", 30))
-        print(f"written to {gif}")
+        if gif:
+            frames, figure = env.render(), plt.Figure(figsize=(3, 3))
+            image = figure.add_axes((0, 0, 1, 1), frame_on=False).imshow(frames[0])
+            matplotlib.animation.FuncAnimation(figure, image.set_data, frames).save(
+                gif, "pillow", env.metadata.get("render_fps", 30))
+            break
     env.close()
 
 
 def main(arguments=None):
-    """The command line. Returns 0, 1 (diverged), 2 (bad input) or 130 (interrupted)."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False, description=(
-        "Train a DDPG agent, resume its training, or watch it."))
+    """The command line. Returns 0, 1 (diverged) or 130 (interrupted); bad input exits with 2."""
+    parser = argparse.ArgumentParser("ddpg.py", usage=argparse.SUPPRESS, allow_abbrev=False,
+                                     description="Train a DDPG agent, or resume or watch one.")
     for name, (default, _, _, meaning) in SETTINGS.items():
         kind, count = (int, "*") if name == "hidden" else (type(default), None)
         parser.add_argument(flag(name), type=kind, nargs=count, metavar="X",
@@ -427,50 +405,49 @@ def main(arguments=None):
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--watch", action="store_true", help="play its policy in a window")
     parser.add_argument("--gif", action="store_true", help="play it once into policy.gif instead")
-    about, remedy = "", "see --help"  # for an error in the lines that follow
+    asked = parser.parse_args(arguments)
+    given = {name: value for name, value in vars(asked).items() if name in SETTINGS}
+    show = "rgb_array_list" if asked.gif else "human" if asked.watch else None
+    about = ""  # what to say before an error in the lines that follow
     try:
-        asked, unknown = parser.parse_known_args(arguments)
-        if unknown:
-            raise ValueError(f"there is no {unknown[0]}: see --help")
-        given = {name: value for name, value in vars(asked).items() if name in SETTINGS}
+        has_display = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & {*os.environ}
+        if show == "human" and not has_display:
+            raise ValueError("--watch finds no display: try --gif")
         chosen = settings(**given)
-
         out = asked.out or Path(f"runs/{chosen.env}-seed{chosen.seed}")
-        path, show = out / "checkpoint.npz", asked.watch or asked.gif
-        about, remedy = f"--out {out}: {path.name}: ", "train first, or choose another folder"
-        saved = read_checkpoint(path) if asked.resume or show or path.exists() else None
-        if asked.resume or show:
-            kept = vars(saved["settings"])
+        path, old = out / "checkpoint.npz", asked.resume or show
+        about = f"cannot read {path} (train first, or choose another --out): "
+        saved = read_checkpoint(path) if old or path.exists() else None
+        about = f"--out {out}: "
+        if old:
+            kept = saved["settings"]
             for name, value in given.items():
-                if value != kept[name] and not (name == "episodes" and value > kept[name]):
+                if value != kept[name] and (name != "episodes" or value < kept[name]):
                     raise ValueError(f"{flag(name)} {value} contradicts its {kept[name]}: leave it "
                                      "out, or choose another folder")
-            chosen = settings(**kept | given)
-        elif saved and len(saved["history"]) < saved["settings"].episodes:
+            chosen = settings(**(kept | given))
+        elif saved and len(saved["history"]) < saved["settings"]["episodes"]:
             raise ValueError("an unfinished run: add --resume to go on, or choose another folder")
 
-        about, remedy = f"--env {chosen.env}: ", "choose another, or install what it needs"
+        about = f"cannot use --env {chosen.env} (choose another, or install what it needs): "
         if chosen.batch_size * max(chosen.hidden, default=0) < 8192:  # too little work to share out
             tf.config.threading.set_intra_op_parallelism_threads(1)
-        mode = {"render_mode": "rgb_array" if asked.gif else "human"} if show else {}
-        env = gym.make(chosen.env, **mode)
+        env = gym.make(chosen.env, **({"render_mode": show} if show else {}))
         agent = Agent(env, chosen)
-        if asked.resume or show:
+        if old:
             agent.restore(saved)
         if show:
             watch(agent, env, out / "policy.gif" if asked.gif else None)
             return 0
 
-        about, remedy = f"--out {out}: ", "choose a folder that can be written"
+        about = f"cannot write to --out {out} (choose another): "
         agent.save(path)  # refused here rather than after training
-        if saved and not asked.resume:
+        if saved and not old:
             print(f"replacing the finished run in {out}")
-    except Exception as error:  # ours are ValueErrors and bring their own remedy
-        line = f"{about}{error}" + ("" if isinstance(error, ValueError) else f": {remedy}")
-        print("ddpg.py:", *line.split(), file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        parser.error(" ".join(f"{about}{error}".split()))
     return run(agent, env, out)
 
 
