@@ -228,6 +228,14 @@ def test_actions_fill_asymmetric_bounds_and_never_leave_them():
     assert env.actions[0].dtype == np.float32
 
 
+def test_rounding_takes_no_action_out_of_its_bounds():
+    rng = np.random.default_rng(0)
+    env = Line()
+    env.action_space = gym.spaces.Box(rng.uniform(-1, 0, 100), rng.uniform(0, 1, 100), dtype=np.float64)
+    for extreme in (-1.0, 1.0):
+        next(ddpg.play(lambda s: np.full(100, extreme), env, 0))  # Line asserts that it is within its bounds
+
+
 def test_the_numpy_actor_is_the_keras_actor_and_the_saved_policy_in_the_environments_units():
     env = Line(low=(-1, -3), high=(2, 5), size=3)
     agent = small(env)
@@ -243,13 +251,14 @@ def test_the_numpy_actor_is_the_keras_actor_and_the_saved_policy_in_the_environm
 
 
 def test_the_loop_explores_around_the_online_actor_of_the_last_block():
-    """a = mu(s) + n: without noise it is mu(s), that of the block before; with it, it strays by sigma."""
+    """After the warm-up, a = mu(s) + n: without noise mu(s), that of the block before; with it, it strays by sigma."""
     for sigma in (0.0, 0.2):
         agent = small(noise=sigma, episodes=1, train_every=20, warmup=20, hidden=(8,))
         list(ddpg.train(agent, Line()))
         weights, old = agent.actor.get_weights(), agent.target_actor.get_weights()
         agent.settings.episodes, agent.settings.updates = 60, 0
         list(ddpg.train(agent, Line()))
+        assert 0.4 < agent.buffer.rows[:20, 1].std() < 0.75, "the warm-up is not uniform, of deviation 1 / sqrt(3)"
         s, a = agent.buffer.rows[20:1200, :1], agent.buffer.rows[20:1200, 1:2]
         strays = (a - np.array([ddpg.mu(weights, state) for state in s])).ravel()
         assert strays.std() == pytest.approx(sigma, rel=0.1, abs=1e-6) and abs(strays.mean()) < 0.03
