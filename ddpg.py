@@ -1,6 +1,6 @@
 """Deep Deterministic Policy Gradient (DDPG) in one file, to be read beside its theory.
 
-An actor mu maps a state s to an action a; a critic Q estimates the return that follows the pair.
+An actor mu maps a state s to an action a; a critic Q estimates the return that follows (s, a).
 The critic learns from replayed transitions, the actor climbs the critic's slope, and slow copies of
 both, the targets mu' and Q', keep the critic from chasing its own estimates. Algorithm 1 of
 Lillicrap et al. 2015 (arXiv:1509.02971) is the map of this file; sections are those of README.md:
@@ -113,7 +113,7 @@ def noise(size, sigma, theta, rng):
 
 
 class ReplayBuffer:
-    """The last `capacity` transitions, a float32 row each: s, a, r, s', d (section 4).
+    """The last `capacity` transitions, one float32 row each: s, a, r, s', d (section 4).
 
     d is 1 where the episode terminated in s', 0 where it went on or was cut off by a time limit.
     """
@@ -172,7 +172,7 @@ class Agent:
         self.actor = ann(n, [*settings.hidden, m], "tanh", seed)
         self.critic = keras.Sequential([ann(n + m, [*settings.hidden, 1], "linear", seed),
                                         keras.layers.Rescaling(settings.q_scale)])
-        self.before_tanh = keras.Sequential(self.actor.layers[:-1])  # the same layers but the last
+        self.before_tanh = keras.Sequential(self.actor.layers[:-1])  # shared layers, no tanh
         self.target_actor, self.target_critic = copy.deepcopy((self.actor, self.critic))
         self.actor_optimizer = keras.optimizers.Adam(settings.actor_lr)
         self.critic_optimizer = keras.optimizers.Adam(settings.critic_lr)
@@ -191,7 +191,7 @@ class Agent:
         """L = 1/N sum (y - Q(s, a))^2 with y = r + gamma (1 - d) Q'(s', mu'(s')) (section 5).
 
         s, s_next: (N, n); a: (N, m); r, d: (N, 1), as r of (N,) would broadcast to an (N, N) table.
-        Beyond an error of `huber` the square goes on as a line: large errors drown no small ones.
+        Beyond `huber` the square goes on as a line, so large errors do not drown small ones.
         """
         q_next = self.target_critic(tf.concat([s_next, self.target_actor(s_next)], axis=1))
         y = r + self.settings.gamma * (1 - d) * q_next
@@ -200,7 +200,7 @@ class Agent:
         return tf.reduce_mean(cut * (2 * error - cut))
 
     def actor_loss(self, s):
-        """J + toll with J = -1/N sum Q(s, mu(s)) (section 6), s: (N, n). Less of it is more Q.
+        """J + toll with J = -1/N sum Q(s, mu(s)) (section 6), s: (N, n). Lower is more Q.
 
         Beyond |x| = 5, tanh(x) is flat and lets no gradient through, so such an x costs a toll.
         """
@@ -214,7 +214,7 @@ class Agent:
 
         A call to TensorFlow costs more than one gradient step, so a whole block is one (section 9).
         """
-        total = 0.0  # of all losses; it and all later sums are finite only if every term is
+        total = 0.0  # the sum of all losses: finite only if each of them is
         for batch in batches:
             s, a, r, s_next, d = tf.split(batch, self.buffer.columns, axis=1)
             total += descend(self.critic, self.critic_optimizer,
@@ -227,7 +227,7 @@ class Agent:
         return tf.math.is_finite(tf.add_n([total, *map(tf.reduce_sum, weights)]))
 
     def save(self, path):
-        """Write all that decides the future to `path`: all or nothing, and without pickle."""
+        """Write to `path` all that decides the future: all or nothing, and without pickle."""
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part.npz")  # a name that numpy.savez leaves as it is
         rest = {"settings": vars(self.settings), "rng": self.rng.bit_generator.state,
@@ -339,7 +339,7 @@ def plot(history, pairs):
 def run(agent, env, out):
     """Train to the end or to Ctrl-C, leave the results in the folder `out`; the exit status."""
     path, pairs, stopping = Path(out) / "checkpoint.npz", [], []
-    agent.save(path)  # the good state to return to should the very first episodes diverge
+    agent.save(path)  # a good state to return to, should the very first episodes diverge
     first_step, began, saved_at = agent.buffer.added, time.perf_counter(), time.perf_counter()
 
     def stop(*_):  # Ctrl-C is heard at the episode's end, a second one at once
@@ -388,6 +388,7 @@ def watch(agent, env, gif):
             image = figure.add_axes((0, 0, 1, 1), frame_on=False).imshow(frames[0])
             matplotlib.animation.FuncAnimation(figure, image.set_data, frames).save(
                 gif, "pillow", env.metadata.get("render_fps", 30))
+            print(f"written to {gif}")
             break
     env.close()
 
@@ -430,7 +431,7 @@ def main(arguments=None):
             raise ValueError("an unfinished run: add --resume to go on, or choose another folder")
 
         about = f"cannot use --env {chosen.env} (choose another, or install what it needs): "
-        if chosen.batch_size * max(chosen.hidden, default=0) < 8192:  # too little work to share out
+        if chosen.batch_size * max(chosen.hidden, default=0) < 8192:  # too little work for two
             tf.config.threading.set_intra_op_parallelism_threads(1)
         env = gym.make(chosen.env, **({"render_mode": show} if show else {}))
         agent = Agent(env, chosen)
@@ -441,7 +442,7 @@ def main(arguments=None):
             return 0
 
         about = f"cannot write to --out {out} (choose another): "
-        agent.save(path)  # refused here rather than after training
+        agent.save(path)  # what cannot be written fails here, not after training
         if saved and not old:
             print(f"replacing the finished run in {out}")
     except KeyboardInterrupt:
