@@ -97,7 +97,7 @@ def ann(input_size, layer_sizes, output_activation, seed):
 
 
 def mu(weights, s):
-    """The actor of these weights, (n,) -> (m,), at 1/100 of a Keras call's time (section 9)."""
+    """The actor of these weights, (n,) -> (m,), in under 1/100 of a Keras call (section 9)."""
     for kernel, bias in zip(weights[::2], weights[1::2]):
         x = s @ kernel + bias
         s = np.maximum(x, 0)  # what the next layer sees; the last has tanh instead

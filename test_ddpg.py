@@ -338,16 +338,17 @@ def test_pendulum_stands_up_within_20_episodes(seed):
 
 @pytest.mark.parametrize("terminates, kept", [(True, 20), (False, 7)])
 def test_honesty_compares_q_with_the_discounted_rest(terminates, kept):
-    """Q(x, a) = x + 2 a and mu(x) = tanh(-x / 4), the average actor's. With gamma = 0.95, where an
-    episode is cut off, 0.95^14 < 0.5 keeps states 0 to 6."""
+    """Q(x, a) = x + 2 a and mu(x) = tanh(-x / 40), the average actor's, which leaves x, and so Q, far
+    from 0 at the end. With gamma = 0.95, where an episode is cut off, 0.95^14 < 0.5 keeps states 0 to 6."""
     env = Line(terminates=terminates)
     agent = small(env, hidden=(), gamma=0.95, q_scale=1.0)
-    agent.average_actor.set_weights([np.array([[-0.25]]), np.zeros(1)])
+    agent.average_actor.set_weights([np.array([[-0.025]]), np.zeros(1)])
     agent.critic.set_weights([np.array([[1.0], [2.0]]), np.zeros(1)])
     def q(x):
-        return x + 2 * np.tanh(-x / 4)
+        return x + 2 * np.tanh(-x / 40)
     episodes = list(ddpg.evaluate(agent, env))
     states, _, rewards, next_states, _ = zip(*ddpg.play(average(agent), env, ddpg.EVALUATION_SEEDS[0]))
+    assert abs(q(next_states[-1][0])) > 0.01, "Q of the last state is too near 0 to tell"
     assert [len(pairs) for _, pairs in episodes] == [kept] * 10 and episodes[0][0] == pytest.approx(sum(rewards))
     estimates, followed = np.transpose(episodes[0][1])[:, ::-1]  # the last state comes first
     np.testing.assert_allclose(estimates, q(np.ravel(states)[:kept]), atol=1e-6)
