@@ -329,7 +329,7 @@ def test_it_finds_the_linear_quadratic_optimum(seed):
 
 @pytest.mark.parametrize("seed", [100, 101])
 def test_pendulum_stands_up_within_20_episodes(seed):
-    """20 seeds gave -150 to -143; a policy that needs one swing more from each start gives -200 or less."""
+    """Seeds 100 to 119 gave -152.4 to -142.5; a policy that needs one swing more from each start gives -200 or less."""
     env = gym.make("Pendulum-v1")
     agent = ddpg.Agent(env, ddpg.settings(episodes=20, seed=seed))
     list(ddpg.train(agent, env))
