@@ -51,7 +51,7 @@ SETTINGS = {  # name: default, least, most, meaning
     "gamma": (0.995, 0, 1, "discount per step"),
     "tau": (0.98, 0, 1, "share of itself that a target keeps; the paper's tau is 1 - this"),
     "average": (0.998, 0, 1, "share that the average actor, the final policy, keeps of itself"),
-    "huber": (0.2, 1e-9, 1e9, "error beyond which the critic's squared loss is a line"),
+    "huber": (0.5, 1e-9, 1e9, "times the mean error: from there the critic's loss is a line"),
     "q_scale": (10.0, 1e-9, 1e9, "factor on the critic's output"),
     "noise": (0.3, 0, 10, "sigma of the exploration noise; 1 is half an action's range"),
     "noise_theta": (1.0, 0, 1, "1: white noise; 0.15: Ornstein-Uhlenbeck, the paper's"),
@@ -82,17 +82,14 @@ def settings(**changes):
     return chosen
 
 
-def ann(input_size, layer_sizes, output_activation, seed):
-    """A network (N, input_size) -> (N, layer_sizes[-1]), its hidden layers relu (section 2).
-
-    The last layer starts near 0, as in the paper. `seed` is a keras.random.SeedGenerator.
-    """
+def ann(input_size, layer_sizes, output_activation):
+    """A network (N, input_size) -> (N, layer_sizes[-1]), its hidden layers relu (section 2)."""
     *hidden, last = layer_sizes
-    glorot, near_0 = keras.initializers.GlorotUniform, keras.initializers.RandomUniform
+    near_0 = keras.initializers.RandomUniform(-3e-3, 3e-3)  # for the last layer, as in the paper
     return keras.Sequential([
         keras.Input((input_size,)),
-        *[keras.layers.Dense(size, "relu", kernel_initializer=glorot(seed)) for size in hidden],
-        keras.layers.Dense(last, kernel_initializer=near_0(-3e-3, 3e-3, seed)),
+        *[keras.layers.Dense(size, "relu") for size in hidden],
+        keras.layers.Dense(last, kernel_initializer=near_0),
         keras.layers.Activation(output_activation)])
 
 
@@ -168,9 +165,9 @@ class Agent:
         self.settings, self.rng = settings, np.random.default_rng(settings.seed)
         self.buffer, self.history = ReplayBuffer(settings.buffer_size, n, m), []
 
-        seed = keras.random.SeedGenerator(settings.seed)
-        self.actor = ann(n, [*settings.hidden, m], "tanh", seed)
-        self.critic = keras.Sequential([ann(n + m, [*settings.hidden, 1], "linear", seed),
+        keras.utils.set_random_seed(settings.seed)  # for the first weights
+        self.actor = ann(n, [*settings.hidden, m], "tanh")
+        self.critic = keras.Sequential([ann(n + m, [*settings.hidden, 1], "linear"),
                                         keras.layers.Rescaling(settings.q_scale)])
         self.before_tanh = keras.Sequential(self.actor.layers[:-1])  # shared layers, no tanh
         self.target_actor, self.target_critic = copy.deepcopy((self.actor, self.critic))
@@ -191,12 +188,13 @@ class Agent:
         """L = 1/N sum (y - Q(s, a))^2 with y = r + gamma (1 - d) Q'(s', mu'(s')) (section 5).
 
         s, s_next: (N, n); a: (N, m); r, d: (N, 1), as r of (N,) would broadcast to an (N, N) table.
-        Beyond `huber` the square goes on as a line, so large errors do not drown small ones.
+        Beyond a limit the square goes on as a line, so large errors do not drown small ones.
         """
         q_next = self.target_critic(tf.concat([s_next, self.target_actor(s_next)], axis=1))
         y = r + self.settings.gamma * (1 - d) * q_next
         error = y - self.critic(tf.concat([s, a], axis=1))
-        cut = tf.clip_by_value(error, -self.settings.huber, self.settings.huber)
+        limit = self.settings.huber * tf.stop_gradient(tf.reduce_mean(tf.abs(error)))
+        cut = tf.clip_by_value(error, -limit, limit)
         return tf.reduce_mean(cut * (2 * error - cut))
 
     def actor_loss(self, s):

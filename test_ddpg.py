@@ -94,13 +94,17 @@ def test_critic_loss_equals_the_sum_done_by_hand():
     assert float(loss) == pytest.approx(53.5 / 3)
 
 
-def test_a_critic_error_beyond_huber_counts_along_the_tangent():
-    """The errors above are 1.5, -3 and 6.5: at huber = 2 the square's tangent is 4 |e| - 4."""
+def test_a_critic_error_beyond_the_limit_counts_along_the_tangent():
+    """The errors above, 1.5, -3 and 6.5, have mean size 11 / 3: at huber = 6 / 11 the limit is 2, and
+    the square's tangent there 4 |e| - 4, of slope 4. As the limit is a constant, dL/dQ = -2 cut / 3."""
     agent = by_hand()
-    agent.settings.huber = 2.0
-    loss = agent.critic_loss(column(0, 1, 2), column(0, 0.5, -0.5), column(1, 2, 3),
-                             column(1, 2, 3), column(0, 1, 0))
+    agent.settings.huber = 6 / 11
+    batch = (column(0, 1, 2), column(0, 0.5, -0.5), column(1, 2, 3), column(1, 2, 3), column(0, 1, 0))
+    with tf.GradientTape() as tape:
+        loss = agent.critic_loss(*batch)
     assert float(loss) == pytest.approx((1.5**2 + (4 * 3 - 4) + (4 * 6.5 - 4)) / 3)
+    bias = tape.gradient(loss, agent.critic.trainable_variables)[-1]
+    np.testing.assert_allclose(bias, [-2 * (1.5 - 2 + 2) / 3], rtol=1e-6)
 
 
 def test_actor_loss_is_minus_the_mean_value_of_its_actions():
@@ -490,11 +494,12 @@ def test_divergence_is_named_and_leaves_the_last_good_checkpoint(tmp_path, capfd
 
 
 def test_a_loss_that_is_not_finite_is_noticed_wherever_in_the_block_it_was():
-    """(3e38)^2 overflows, but its gradient does not: the weights stay finite."""
-    agent = small(huber=1e9)
+    """An error of 1e25, cut at 1e-9 times the mean 2.5e24: their product overflows, but the gradient
+    does not, so the weights stay finite."""
+    agent = small(huber=1e-9)
     batches = batch_of(agent, 3)
     assert agent.train_block(batches)
-    batches[0, 0, 2] = 3e38
+    batches[0, 0, 2] = 1e25
     assert not agent.train_block(batches)
     assert all(np.isfinite(variable).all() for variable in numbers(agent.variables))
 
