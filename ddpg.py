@@ -28,11 +28,10 @@ import time
 from pathlib import Path
 
 import gymnasium as gym
-import matplotlib.animation
 import matplotlib.pyplot as plt
 import numpy as np
 
-os.environ |= {"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"}
+os.environ |= {"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"}  # not JAX; no chatter
 real_stderr = os.dup(2)  # no setting silences all that TensorFlow prints while it loads
 os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 try:
@@ -51,7 +50,7 @@ SETTINGS = {  # name: default, least, most, meaning
     "gamma": (0.995, 0, 1, "discount per step"),
     "tau": (0.98, 0, 1, "share of itself that a target keeps; the paper's tau is 1 - this"),
     "average": (0.998, 0, 1, "share that the average actor, the final policy, keeps of itself"),
-    "huber": (0.5, 1e-9, 1e9, "times the mean error: from there the critic's loss is a line"),
+    "huber": (0.5, 1e-9, 1e9, "limit, in mean errors, beyond which the critic's loss is a line"),
     "q_scale": (10.0, 1e-9, 1e9, "factor on the critic's output"),
     "noise": (0.3, 0, 10, "sigma of the exploration noise; 1 is half an action's range"),
     "noise_theta": (1.0, 0, 1, "1: white noise; 0.15: Ornstein-Uhlenbeck, the paper's"),
@@ -94,7 +93,7 @@ def ann(input_size, layer_sizes, output_activation):
 
 
 def mu(weights, s):
-    """The actor of these weights, (n,) -> (m,), in under 1/100 of a Keras call (section 9)."""
+    """The actor of these weights, (n,) -> (m,), 100 times faster than a Keras call (section 9)."""
     for kernel, bias in zip(weights[::2], weights[1::2]):
         x = s @ kernel + bias
         s = np.maximum(x, 0)  # what the next layer sees; the last has tanh instead
@@ -133,11 +132,11 @@ class ReplayBuffer:
         return self.rows.take(rng.integers(filled, size=shape), axis=0)
 
 
-def descend(network, optimizer, loss, *batch):
+def descend(network, loss, *batch):
     """Move the weights of `network`, no others, one step down loss(*batch). Returns that loss."""
     with tf.GradientTape() as tape:
         value = loss(*batch)
-    optimizer.apply(tape.gradient(value, network.trainable_variables))
+    network.optimizer.apply(tape.gradient(value, network.trainable_variables))
     return value
 
 
@@ -171,24 +170,23 @@ class Agent:
                                         keras.layers.Rescaling(settings.q_scale)])
         self.before_tanh = keras.Sequential(self.actor.layers[:-1])  # shared layers, no tanh
         self.target_actor, self.target_critic = copy.deepcopy((self.actor, self.critic))
-        self.actor_optimizer = keras.optimizers.Adam(settings.actor_lr)
-        self.critic_optimizer = keras.optimizers.Adam(settings.critic_lr)
-        self.actor_optimizer.build(self.actor.variables)  # so that restore finds variables to fill
-        self.critic_optimizer.build(self.critic.variables)
-
         self.average_actor = copy.deepcopy(self.actor)  # the final policy (section 7)
+        for network, rate in (self.actor, settings.actor_lr), (self.critic, settings.critic_lr):
+            network.compile(keras.optimizers.Adam(rate))
+            network.optimizer.build(network.variables)  # so that restore finds variables to fill
+
         low, high = actions.low.astype(float), actions.high.astype(float)
         self.policy = keras.Sequential([self.average_actor, keras.layers.Rescaling(
             ((high - low) / 2).tolist(), ((high + low) / 2).tolist())])
         self.variables = [variable for part in (
             self.actor, self.critic, self.target_actor, self.target_critic, self.average_actor,
-            self.actor_optimizer, self.critic_optimizer) for variable in part.variables]
+            self.actor.optimizer, self.critic.optimizer) for variable in part.variables]
 
     def critic_loss(self, s, a, r, s_next, d):
         """L = 1/N sum (y - Q(s, a))^2 with y = r + gamma (1 - d) Q'(s', mu'(s')) (section 5).
 
         s, s_next: (N, n); a: (N, m); r, d: (N, 1), as r of (N,) would broadcast to an (N, N) table.
-        Beyond a limit the square goes on as a line, so large errors do not drown small ones.
+        Errors beyond `huber` times their mean size count along a line: they drown no small ones.
         """
         q_next = self.target_critic(tf.concat([s_next, self.target_actor(s_next)], axis=1))
         y = r + self.settings.gamma * (1 - d) * q_next
@@ -208,16 +206,15 @@ class Agent:
 
     @tf.function(jit_compile=True)
     def train_block(self, batches):
-        """Train on each of k batches (k, N, row). Returns whether losses and weights are finite.
+        """Train on each of k batches (k, N, row), in one call, as calls cost more (section 9).
 
-        A call to TensorFlow costs more than one gradient step, so a whole block is one (section 9).
+        Returns whether all losses and weights are finite.
         """
         total = 0.0  # the sum of all losses: finite only if each of them is
         for batch in batches:
             s, a, r, s_next, d = tf.split(batch, self.buffer.columns, axis=1)
-            total += descend(self.critic, self.critic_optimizer,
-                             self.critic_loss, s, a, r, s_next, d)
-            total += descend(self.actor, self.actor_optimizer, self.actor_loss, s)
+            total += descend(self.critic, self.critic_loss, s, a, r, s_next, d)
+            total += descend(self.actor, self.actor_loss, s)
             soft_update(self.target_actor, self.actor, self.settings.tau)
             soft_update(self.target_critic, self.critic, self.settings.tau)
             soft_update(self.average_actor, self.actor, self.settings.average)
@@ -278,7 +275,7 @@ def train(agent, env):
     while len(agent.history) < settings.episodes:
         noises, total = noise(size, settings.noise, settings.noise_theta, rng), 0.0
 
-        def explore(s):  # with the weights of the last block
+        def explore(s):  # with the weights that the last block left
             if buffer.added < settings.warmup:
                 return rng.uniform(-1, 1, size)
             return np.clip(mu(weights, s) + next(noises), -1, 1)
@@ -290,8 +287,7 @@ def train(agent, env):
             if step >= settings.warmup and step % block == 0:
                 # gradient steps due by now, less those due a block ago: `updates` may be a fraction
                 k = int(settings.updates * step) - int(settings.updates * (step - block))
-                finite = k == 0 or agent.train_block(buffer.sample(rng, k, settings.batch_size))
-                if not finite:
+                if k and not agent.train_block(buffer.sample(rng, k, settings.batch_size)):
                     raise FloatingPointError("a loss or a weight is no longer finite: check the "
                                              "rewards, try lower learning rates in a new --out")
                 weights = agent.actor.get_weights()
@@ -310,11 +306,11 @@ def evaluate(agent, env):
         states, _, rewards, next_states, ended = zip(*play(lambda s: mu(weights, s), env, seed))
         states = tf.stack([*states, next_states[-1]])
         q = agent.critic(tf.concat([states, agent.average_actor(states)], axis=1)).numpy()[:, 0]
-        pairs, truth = [], 0.0 if ended[-1] else q[-1]  # of the last s', where no action followed
+        pairs, truth = [], 0.0 if ended[-1] else q[-1]  # what follows the last s'
         for k, reward in enumerate(rewards[::-1], 1):  # backwards, from k steps before the end
             truth = reward + gamma * truth
             if ended[-1] or gamma**k < 0.5:
-                pairs.append((q[-1 - k], truth))
+                pairs.append((q[-1 - k], truth))  # q[-1] is that of the last s'
         yield sum(rewards), pairs
 
 
@@ -336,15 +332,11 @@ def plot(history, pairs):
 
 def run(agent, env, out):
     """Train to the end or to Ctrl-C, leave the results in the folder `out`; the exit status."""
-    path, pairs, stopping = Path(out) / "checkpoint.npz", [], []
+    path, pairs = Path(out) / "checkpoint.npz", []
     agent.save(path)  # a good state to return to, should the very first episodes diverge
     first_step, began, saved_at = agent.buffer.added, time.perf_counter(), time.perf_counter()
-
-    def stop(*_):  # Ctrl-C is heard at the episode's end, a second one at once
-        stopping.append(True)
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.signal(signal.SIGINT, stop)
+    # the first Ctrl-C only puts the old handler back, which the loop notices; a second acts at once
+    before = signal.signal(signal.SIGINT, lambda *_: signal.signal(signal.SIGINT, before))
     try:
         for total in train(agent, env):
             now = time.perf_counter()
@@ -352,7 +344,7 @@ def run(agent, env, out):
                   f"mean of last 10 {np.mean(agent.history[-10:], axis=0)[1]:.1f}, "
                   f"{(agent.buffer.added - first_step) / (now - began):.0f} steps/s".ljust(80),
                   end="", flush=True)
-            if stopping:
+            if signal.getsignal(signal.SIGINT) == before:
                 raise KeyboardInterrupt
             if now > saved_at + SAVE_EVERY:
                 agent.save(path)
@@ -382,10 +374,9 @@ def watch(agent, env, gif):
     for total, _ in evaluate(agent, env):
         print(f"return {total:.1f}")
         if gif:
-            frames, figure = env.render(), plt.Figure(figsize=(3, 3))
-            image = figure.add_axes((0, 0, 1, 1), frame_on=False).imshow(frames[0])
-            matplotlib.animation.FuncAnimation(figure, image.set_data, frames).save(
-                gif, "pillow", env.metadata.get("render_fps", 30))
+            first, *rest = [keras.utils.array_to_img(frame, scale=False) for frame in env.render()]
+            first.save(gif, save_all=True, append_images=rest, loop=0,
+                       duration=1000 / env.metadata.get("render_fps", 30))
             print(f"written to {gif}")
             break
     env.close()
@@ -395,38 +386,34 @@ def main(arguments=None):
     """The command line. Returns 0, 1 (diverged) or 130 (interrupted); bad input exits with 2."""
     parser = argparse.ArgumentParser("ddpg.py", usage=argparse.SUPPRESS, allow_abbrev=False,
                                      description="Train a DDPG agent, or resume or watch one.")
-    for name, (default, _, _, meaning) in SETTINGS.items():
+    for name, (default, _, _, text) in SETTINGS.items():
         kind, count = (int, "*") if name == "hidden" else (type(default), None)
-        parser.add_argument(flag(name), type=kind, nargs=count, metavar="X",
-                            default=argparse.SUPPRESS, help=f"{meaning} (default: {default})")
-    parser.add_argument("--out", type=Path, metavar="DIR",
-                        help="results folder (default: runs/<env>-seed<seed>)")
+        parser.add_argument(flag(name), type=kind, nargs=count, help=f"{text} (default: {default})")
+    parser.add_argument("--out", type=Path, help="results folder (default: runs/<env>-seed<seed>)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--watch", action="store_true", help="play its policy in a window")
     parser.add_argument("--gif", action="store_true", help="play it once into policy.gif instead")
     asked = parser.parse_args(arguments)
-    given = {name: value for name, value in vars(asked).items() if name in SETTINGS}
+    given = {name: vars(asked)[name] for name in SETTINGS if vars(asked)[name] is not None}
     show = "rgb_array_list" if asked.gif else "human" if asked.watch else None
     about = ""  # what to say before an error in the lines that follow
     try:
         has_display = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & {*os.environ}
         if show == "human" and not has_display:
             raise ValueError("--watch finds no display: try --gif")
-        chosen = settings(**given)
-        out = asked.out or Path(f"runs/{chosen.env}-seed{chosen.seed}")
-        path, old = out / "checkpoint.npz", asked.resume or show
+        out = asked.out or Path("runs/{env}-seed{seed}".format(**(vars(settings()) | given)))
+        path, old = out / "checkpoint.npz", asked.resume or show  # old: the run that is in `out`
         about = f"cannot read {path} (train first, or choose another --out): "
         saved = read_checkpoint(path) if old or path.exists() else None
+        kept = saved["settings"] if old else {}
         about = f"--out {out}: "
-        if old:
-            kept = saved["settings"]
-            for name, value in given.items():
-                if value != kept[name] and (name != "episodes" or value < kept[name]):
-                    raise ValueError(f"{flag(name)} {value} contradicts its {kept[name]}: leave it "
-                                     "out, or choose another folder")
-            chosen = settings(**(kept | given))
-        elif saved and len(saved["history"]) < saved["settings"]["episodes"]:
+        if saved and not old and len(saved["history"]) < saved["settings"]["episodes"]:
             raise ValueError("an unfinished run: add --resume to go on, or choose another folder")
+        for name, value in given.items():
+            if old and value != kept[name] and (name != "episodes" or value < kept[name]):
+                raise ValueError(f"{flag(name)} {value} contradicts its {kept[name]}: leave it out")
+        about = ""
+        chosen = settings(**(kept | given))
 
         about = f"cannot use --env {chosen.env} (choose another, or install what it needs): "
         if chosen.batch_size * max(chosen.hidden, default=0) < 8192:  # too little work for two

@@ -121,7 +121,7 @@ def test_an_actor_in_the_flat_of_tanh_pays_a_toll_and_comes_back():
     s = column(0, -1, -39)
     assert float(agent.actor_loss(s)) == pytest.approx((15**2 + 14**2 + 14**2 - 7 - 6 + 44) / 3)
     for _ in range(100):
-        ddpg.descend(agent.actor, agent.actor_optimizer, agent.actor_loss, s)
+        ddpg.descend(agent.actor, agent.actor_loss, s)
     assert np.all(np.abs(agent.before_tanh(s)) < 19.95)
 
 
@@ -144,7 +144,7 @@ def test_actor_gradient_is_the_chain_rule_and_raises_q():
     for one, other in zip(direct, fed_in, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-7)
 
-    ddpg.descend(agent.actor, agent.actor_optimizer, agent.actor_loss, s)
+    ddpg.descend(agent.actor, agent.actor_loss, s)
     assert agent.actor_loss(s) < loss
 
 
@@ -155,7 +155,7 @@ def test_each_step_moves_its_own_network_and_nothing_else():
     for moved, loss, batch in (("critic", agent.critic_loss, (s, a, r, s_next, d)), ("actor", agent.actor_loss, (s,))):
         before = {name: getattr(agent, name).get_weights() for name in networks}
         value = float(loss(*batch))
-        step = ddpg.descend(getattr(agent, moved), getattr(agent, f"{moved}_optimizer"), loss, *batch)
+        step = ddpg.descend(getattr(agent, moved), loss, *batch)
         assert float(step) == pytest.approx(value) and loss(*batch) < value
         for name in networks:
             assert same(before[name], getattr(agent, name).get_weights()) == (name != moved), name
@@ -333,7 +333,7 @@ def test_it_finds_the_linear_quadratic_optimum(seed):
 
 @pytest.mark.parametrize("seed", [100, 101])
 def test_pendulum_stands_up_within_20_episodes(seed):
-    """Seeds 100 to 119 gave -152.4 to -142.5; a policy that needs one swing more from each start gives -200 or less."""
+    """Seeds 100 to 119 gave -150.9 to -143.7; a policy that needs one swing more from each start gives -200 or less."""
     env = gym.make("Pendulum-v1")
     agent = ddpg.Agent(env, ddpg.settings(episodes=20, seed=seed))
     list(ddpg.train(agent, env))
@@ -467,7 +467,8 @@ def test_runs_are_finished_resumed_replaced_or_refused_as_they_should(tmp_path, 
     finished = (tmp_path / "returns.csv").read_text().splitlines()
     assert finished[0] == "episode,steps,return" and [row.split(",")[:2] for row in finished[1:]] == [
         ["1", "20"], ["2", "40"], ["3", "60"]]
-    assert ddpg.main(["--out", str(tmp_path), "--resume", "--episodes", "4"]) == 0
+    refused("--resume", "--episodes", "2", "--out", tmp_path)
+    assert ddpg.main(["--out", str(tmp_path), "--resume", "--episodes", "4", "--warmup", "4"]) == 0
     assert (tmp_path / "returns.csv").read_text().splitlines()[:4] == finished
     assert ddpg.main([*run, "--episodes", "1"]) == 0 and "replac" in capfd.readouterr().out
     assert len((tmp_path / "returns.csv").read_text().splitlines()) == 2
