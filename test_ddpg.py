@@ -148,8 +148,21 @@ def test_actor_gradient_is_the_chain_rule_and_raises_q():
     assert agent.actor_loss(s) < loss
 
 
-def test_each_step_moves_its_own_network_and_nothing_else():
-    agent = small()
+def test_networks_have_the_layers_asked_for_start_near_0_and_scale_q():
+    """Hidden layers of 5 and 4; n = 3 state numbers and m = 1 action number enter the critic together."""
+    agent = small(Line(size=3), hidden=(5, 4))
+    for network, size in ((agent.actor, 3), (agent.critic, 4)):
+        weights = network.get_weights()
+        assert [weight.shape for weight in weights] == [(size, 5), (5,), (5, 4), (4,), (4, 1), (1,)]
+        assert np.abs(weights[0]).max() > 0.1 and 0 < np.abs(weights[-2]).max() <= 3e-3
+    x, plain = tf.ones((1, 4)), small(Line(size=3), hidden=(5, 4), q_scale=1.0)
+    assert float(agent.critic(x)) == pytest.approx(10 * float(plain.critic(x))) != 0
+
+
+def test_each_step_moves_its_own_network_at_its_own_rate_and_nothing_else():
+    """The first step of Adam moves each weight by the learning rate, whatever the gradient's size."""
+    agent = small(actor_lr=0.01, critic_lr=0.02)
+    rates = {"actor": 0.01, "critic": 0.02}
     s, a, r, s_next, d = tf.split(batch_of(agent)[0], agent.buffer.columns, axis=1)
     networks = ["actor", "critic", "target_actor", "target_critic"]
     for moved, loss, batch in (("critic", agent.critic_loss, (s, a, r, s_next, d)), ("actor", agent.actor_loss, (s,))):
@@ -158,7 +171,8 @@ def test_each_step_moves_its_own_network_and_nothing_else():
         step = ddpg.descend(getattr(agent, moved), loss, *batch)
         assert float(step) == pytest.approx(value) and loss(*batch) < value
         for name in networks:
-            assert same(before[name], getattr(agent, name).get_weights()) == (name != moved), name
+            moves = [np.abs(new - old).max() for new, old in zip(getattr(agent, name).get_weights(), before[name])]
+            assert max(moves) == pytest.approx(rates[name] if name == moved else 0, rel=0.01), name
 
 
 def test_targets_start_as_copies_and_keep_tau_of_themselves():
