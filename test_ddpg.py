@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ddpg  # first, as it silences what TensorFlow says when it starts
@@ -331,7 +332,7 @@ def test_another_seed_gives_another_run():
     assert all(one != other for one, other in zip(*returns.values()))
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_it_finds_the_linear_quadratic_optimum(seed):
     """Riccati: no policy beats -P_5 x0^2, P_0 = 0, P_k+1 = 1 + 0.64 P_k - (0.4 P_k)^2 / (0.1 + 0.25 P_k)."""
     p = 0.0
@@ -605,10 +606,11 @@ def test_the_same_seed_gives_the_same_digits_through_kills_and_interrupts(tmp_pa
     whole, killed = run("whole", *short), stop(run("killed", *short), b"episode 3/", signal.SIGKILL)
     out, err = finish(whole)
     assert err == "" and "without noise" in out
-    interrupted = stop(run("interrupted", *short), b"episode 4/", signal.SIGINT)
     killed.wait()
-    killed = stop(run("killed", "--resume"), b"episode 6/", signal.SIGKILL)
-    out, err = finish(interrupted, 130)
+    with ThreadPoolExecutor() as pool:  # two at a time, each stopped as soon as it gets there
+        interrupted = pool.submit(stop, run("interrupted", *short), b"episode 4/", signal.SIGINT)
+        killed = stop(run("killed", "--resume"), b"episode 6/", signal.SIGKILL)
+    out, err = finish(interrupted.result(), 130)
     assert err == "" and "--resume" in out and (tmp_path / "interrupted" / "actor.keras").exists()
     so_far = returns("interrupted").splitlines()
     assert 5 <= len(so_far) < 13 and so_far == returns("whole").splitlines()[:len(so_far)]
@@ -648,12 +650,13 @@ def test_import_has_no_side_effects_and_help_names_every_default(tmp_path, capsy
 
 
 def test_a_gif_needs_no_display(tmp_path, capfd):
-    env = gym.make("Pendulum-v1")
-    agent = ddpg.Agent(env, ddpg.settings())
+    gym.register("Short-v0", "gymnasium.envs.classic_control:PendulumEnv", max_episode_steps=40)
+    env = gym.make("Short-v0")
+    agent = ddpg.Agent(env, ddpg.settings(env="Short-v0"))
     agent.save(tmp_path / "checkpoint.npz")
     assert ddpg.main(["--gif", "--out", str(tmp_path)]) == 0
     with Image.open(tmp_path / "policy.gif") as gif:
-        assert gif.n_frames > 100 and gif.info["duration"] > 20
+        assert 30 < gif.n_frames <= 41 and gif.info["duration"] > 20
     total = sum(t[2] for t in ddpg.play(average(agent), env, ddpg.EVALUATION_SEEDS[0]))
     assert re.findall("return .*", capfd.readouterr().out) == [f"return {total:.1f}"]
 
