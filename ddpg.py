@@ -31,7 +31,7 @@ import gymnasium as gym
 import matplotlib.pyplot as plt
 import numpy as np
 
-os.environ |= {"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"}  # not JAX; no chatter
+os.environ |= {"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"}  # Keras runs on JAX too
 real_stderr = os.dup(2)  # no setting silences all that TensorFlow prints while it loads
 os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 try:
@@ -93,7 +93,7 @@ def ann(input_size, layer_sizes, output_activation):
 
 
 def mu(weights, s):
-    """The actor of these weights, (n,) -> (m,), 100 times faster than a Keras call (section 9)."""
+    """The actor of these weights, (n,) -> (m,), over 100 times faster than Keras (section 9)."""
     for kernel, bias in zip(weights[::2], weights[1::2]):
         x = s @ kernel + bias
         s = np.maximum(x, 0)  # what the next layer sees; the last has tanh instead
