@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ddpg  # first, as it silences what TensorFlow says when it starts
@@ -564,6 +563,21 @@ def test_an_exception_of_the_environment_keeps_what_was_learned(tmp_path):
     assert again.history == agent.history and (tmp_path / "actor.keras").exists()
 
 
+def test_ctrl_c_finishes_the_episode_and_the_resumed_run_gives_the_same_digits(tmp_path, capfd):
+    whole, agent, resumed = (small(episodes=5, updates=0, seed=seed) for seed in (0, 0, 1))
+    list(ddpg.train(whole, Line(length=10)))
+    env = Line(length=10)
+    env.step = lambda action, step=env.step: (agent.buffer.added == 25 and signal.raise_signal(signal.SIGINT), step(action))[1]
+    before = signal.getsignal(signal.SIGINT)
+    assert ddpg.run(agent, env, tmp_path) == 130 and f"--resume --out {tmp_path}" in capfd.readouterr().out
+    assert agent.history == whole.history[:3] and signal.getsignal(signal.SIGINT) is before
+    assert len((tmp_path / "returns.csv").read_text().splitlines()) == 4 and (tmp_path / "actor.keras").exists()
+    resumed.restore(ddpg.read_checkpoint(tmp_path / "checkpoint.npz"))
+    assert resumed.history == agent.history
+    list(ddpg.train(resumed, Line(length=10)))
+    assert resumed.history == whole.history and same(numbers(resumed.variables), numbers(whole.variables))
+
+
 def start(code, *arguments):
     """`python -c code arguments`, with ddpg imported and a checkpoint at every episode's end."""
     return subprocess.Popen(
@@ -589,36 +603,25 @@ def finish(process, status=0):
     return out.decode(), err.decode()
 
 
-def test_the_same_seed_gives_the_same_digits_through_kills_and_interrupts(tmp_path):
-    """One run is left alone, one is killed twice, one gets a Ctrl-C; the last two are resumed."""
+def test_the_same_seed_gives_the_same_digits_through_kills(tmp_path):
+    """One run is left alone; one is killed, resumed, killed again and resumed."""
     def run(name, *options):
         return start(TRAIN, "--out", tmp_path / name, *options)
 
-    def returns(name):
-        return (tmp_path / name / "returns.csv").read_text()
-
-    def stop(process, text, number):
+    def kill(process, text):
         wait_for(process, text)
-        process.send_signal(number)
-        return process
+        process.kill()
+        process.wait()
 
     short = ["--hidden", "8", "--batch-size", "16", "--warmup", "100", "--episodes", "12"]
-    whole, killed = run("whole", *short), stop(run("killed", *short), b"episode 3/", signal.SIGKILL)
-    out, err = finish(whole)
-    assert err == "" and "without noise" in out
-    killed.wait()
-    with ThreadPoolExecutor() as pool:  # two at a time, each stopped as soon as it gets there
-        interrupted = pool.submit(stop, run("interrupted", *short), b"episode 4/", signal.SIGINT)
-        killed = stop(run("killed", "--resume"), b"episode 6/", signal.SIGKILL)
-    out, err = finish(interrupted.result(), 130)
-    assert err == "" and "--resume" in out and (tmp_path / "interrupted" / "actor.keras").exists()
-    so_far = returns("interrupted").splitlines()
-    assert 5 <= len(so_far) < 13 and so_far == returns("whole").splitlines()[:len(so_far)]
-    killed.wait()
-    killed, interrupted = run("killed", "--resume"), run("interrupted", "--resume")
-    assert all("episode 1/" not in finish(resumed)[0] for resumed in (killed, interrupted)), "it started again"
-    assert returns("killed") == returns("interrupted") == returns("whole")
-    assert len(returns("whole").splitlines()) == 13
+    whole, killed = run("whole", *short), run("killed", *short)
+    kill(killed, b"episode 3/")
+    kill(run("killed", "--resume"), b"episode 6/")
+    out, err = finish(run("killed", "--resume"))
+    assert err == "" and "without noise" in out and "episode 1/" not in out, "it started again"
+    finish(whole)
+    returns = (tmp_path / "whole" / "returns.csv").read_text()
+    assert (tmp_path / "killed" / "returns.csv").read_text() == returns and len(returns.splitlines()) == 13
 
     agent = ddpg.Agent(gym.make("Pendulum-v1"), ddpg.settings(
         hidden=[8], batch_size=16, warmup=100, episodes=12))
