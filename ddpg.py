@@ -204,12 +204,9 @@ class Agent:
         toll = tf.reduce_mean(tf.nn.relu(tf.abs(x) - 5) ** 2)
         return toll - tf.reduce_mean(self.critic(tf.concat([s, tf.tanh(x)], axis=1)))
 
-    @tf.function(jit_compile=True)
+    @tf.function(jit_compile=True)  # one call a block, as a call costs more than a step (section 9)
     def train_block(self, batches):
-        """Train on each of k batches (k, N, row), in one call, as calls cost more (section 9).
-
-        Returns whether all losses and weights are finite.
-        """
+        """Train on each of k batches (k, N, row). Returns whether losses and weights are finite."""
         total = 0.0  # the sum of all losses: finite only if each of them is
         for batch in batches:
             s, a, r, s_next, d = tf.split(batch, self.buffer.columns, axis=1)
@@ -247,11 +244,8 @@ def read_checkpoint(path):
 
 
 def play(policy, env, seed):
-    """One episode of `policy`: yields its transitions (s, a, r, s', terminated) as they happen.
-
-    Here each action a in [-1, 1] becomes one in the environment's own bounds and kind of number.
-    """
-    space = env.action_space
+    """One episode of `policy`: yields its transitions (s, a, r, s', terminated) as they happen."""
+    space = env.action_space  # each a in [-1, 1] becomes one in its bounds, of its kind of number
     low, high = space.low.astype(float), space.high.astype(float)
     state, over = np.array(env.reset(seed=seed)[0], np.float32), False  # a copy: envs may reuse it
     while not over:
@@ -340,8 +334,8 @@ def run(agent, env, out):
     try:
         for total in train(agent, env):
             now = time.perf_counter()
-            print(f"\repisode {len(agent.history)}/{agent.settings.episodes}, return {total:.1f}, "
-                  f"mean of last 10 {np.mean(agent.history[-10:], axis=0)[1]:.1f}, "
+            print(f"\repisode {len(agent.history)}/{agent.settings.episodes}, return {total:.5g}, "
+                  f"mean of last 10 {np.mean(agent.history[-10:], axis=0)[1]:.5g}, "
                   f"{(agent.buffer.added - first_step) / (now - began):.0f} steps/s".ljust(80),
                   end="", flush=True)
             if signal.getsignal(signal.SIGINT) == before:
@@ -350,33 +344,34 @@ def run(agent, env, out):
                 agent.save(path)
                 saved_at = now
         returns, pairs = zip(*evaluate(agent, env))
-        print(f"\nmean return of ten fresh episodes without noise: {np.mean(returns):.1f}")
+        print(f"\nmean return of ten fresh episodes without noise: {np.mean(returns):.5g}")
         return 0
     except KeyboardInterrupt:
-        print(f"\ninterrupted: python ddpg.py --resume --out {out} goes on from here")
+        print(f'\ninterrupted: python ddpg.py --resume --out "{out}" goes on from here')
         return 130
     except FloatingPointError as error:
         print(f"\nddpg.py: episode {len(agent.history) + 1} diverged: {error}", file=sys.stderr)
         agent.restore(read_checkpoint(path))
         return 1
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # what follows takes a moment: let it finish
         agent.save(path)
         rows = [f"{i},{step},{total}\n" for i, (step, total) in enumerate(agent.history, 1)]
         path.with_name("returns.csv").write_text("episode,steps,return\n" + "".join(rows))
         agent.policy.save(path.with_name("actor.keras"))
         plot(agent.history, sum(pairs, [])).savefig(path.with_name("returns.png"))
+        signal.signal(signal.SIGINT, before)
 
 
 def watch(agent, env, gif):
     """Play without noise and print the returns: ten episodes in a window, or one into `gif`."""
     os.environ.setdefault("SDL_FRAMEBUFFER_ACCELERATION", "0")  # OpenGL crashes beside TensorFlow
     for total, _ in evaluate(agent, env):
-        print(f"return {total:.1f}")
+        print(f"return {total:.5g}")
         if gif:
-            first, *rest = [keras.utils.array_to_img(frame, scale=False) for frame in env.render()]
-            first.save(gif, save_all=True, append_images=rest, loop=0,
-                       duration=1000 / env.metadata.get("render_fps", 30))
+            frames = (keras.utils.array_to_img(frame, scale=False) for frame in env.render())
+            next(frames).save(gif, save_all=True, append_images=frames, loop=0,
+                              duration=1000 / env.metadata.get("render_fps", 30))
             print(f"written to {gif}")
             break
     env.close()
@@ -419,6 +414,7 @@ def main(arguments=None):
         if chosen.batch_size * max(chosen.hidden, default=0) < 8192:  # too little work for two
             tf.config.threading.set_intra_op_parallelism_threads(1)
         env = gym.make(chosen.env, **({"render_mode": show} if show else {}))
+        env.reset(seed=chosen.seed)  # an environment that cannot start replaces no finished run
         agent = Agent(env, chosen)
         if old:
             agent.restore(saved)

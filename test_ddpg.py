@@ -469,7 +469,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(damage, tmp_path, capfd):
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
-def test_runs_are_finished_resumed_replaced_or_refused_as_they_should(tmp_path, capfd):
+def test_runs_are_finished_resumed_replaced_or_refused_as_they_should(tmp_path, monkeypatch, capfd):
     run = ["--env", "Line-v0", "--out", str(tmp_path), "--batch-size", "4", "--warmup", "20", "--hidden", "4", "--updates", "0"]
     small(episodes=3, env="Line-v0", updates=0).save(tmp_path / "checkpoint.npz")
     refused(*run)
@@ -484,6 +484,12 @@ def test_runs_are_finished_resumed_replaced_or_refused_as_they_should(tmp_path, 
     refused("--resume", "--episodes", "2", "--out", tmp_path)
     assert ddpg.main(["--out", str(tmp_path), "--resume", "--episodes", "4", "--warmup", "4"]) == 0
     assert (tmp_path / "returns.csv").read_text().splitlines()[:4] == finished
+    before = (tmp_path / "checkpoint.npz").read_bytes()
+    with monkeypatch.context() as broken:
+        broken.setattr(Line, "reset", lambda self, **_: 1 / 0)
+        refused(*run)
+    assert "division by zero" in capfd.readouterr().err
+    assert (tmp_path / "checkpoint.npz").read_bytes() == before, "a finished run was replaced by nothing"
     assert ddpg.main([*run, "--episodes", "1"]) == 0 and "replac" in capfd.readouterr().out
     assert len((tmp_path / "returns.csv").read_text().splitlines()) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -568,8 +574,9 @@ def test_ctrl_c_finishes_the_episode_and_the_resumed_run_gives_the_same_digits(t
     list(ddpg.train(whole, Line(length=10)))
     env = Line(length=10)
     env.step = lambda action, step=env.step: (agent.buffer.added == 25 and signal.raise_signal(signal.SIGINT), step(action))[1]
+    agent.save = lambda path, save=agent.save: (agent.history and signal.raise_signal(signal.SIGINT), save(path))  # impatience
     before = signal.getsignal(signal.SIGINT)
-    assert ddpg.run(agent, env, tmp_path) == 130 and f"--resume --out {tmp_path}" in capfd.readouterr().out
+    assert ddpg.run(agent, env, tmp_path) == 130 and f'--resume --out "{tmp_path}"' in capfd.readouterr().out
     assert agent.history == whole.history[:3] and signal.getsignal(signal.SIGINT) is before
     assert len((tmp_path / "returns.csv").read_text().splitlines()) == 4 and (tmp_path / "actor.keras").exists()
     resumed.restore(ddpg.read_checkpoint(tmp_path / "checkpoint.npz"))
@@ -661,7 +668,7 @@ def test_a_gif_needs_no_display(tmp_path, capfd):
     with Image.open(tmp_path / "policy.gif") as gif:
         assert 30 < gif.n_frames <= 41 and gif.info["duration"] > 20
     total = sum(t[2] for t in ddpg.play(average(agent), env, ddpg.EVALUATION_SEEDS[0]))
-    assert re.findall("return .*", capfd.readouterr().out) == [f"return {total:.1f}"]
+    assert re.findall("return .*", capfd.readouterr().out) == [f"return {total:.5g}"]
 
 
 def test_a_policy_is_watched_in_a_window(tmp_path, monkeypatch, capfd):
@@ -674,7 +681,7 @@ def test_a_policy_is_watched_in_a_window(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(ddpg, "EVALUATION_SEEDS", [3, 4])
     assert ddpg.main(["--watch", "--out", str(tmp_path)]) == 0
     totals = [sum(t[2] for t in ddpg.play(average(agent), env, seed)) for seed in (3, 4)]
-    assert capfd.readouterr().out == "".join(f"return {total:.1f}\n" for total in totals)
+    assert capfd.readouterr().out == "".join(f"return {total:.5g}\n" for total in totals)
 
 
 def test_ctrl_c_ends_watching_without_a_traceback(tmp_path, monkeypatch):
