@@ -2,8 +2,8 @@
 
 An actor mu maps a state s to an action a; a critic Q estimates the return that follows (s, a).
 The critic learns from replayed transitions, the actor climbs the critic's slope, and slow copies of
-both, the targets mu' and Q', keep the critic from chasing its own estimates. Algorithm 1 of
-Lillicrap et al. 2015 (arXiv:1509.02971) is the map of this file; sections are those of README.md:
+both, the targets mu' and Q', keep the critic from chasing its own estimates. Where to find the
+pieces of Algorithm 1 of Lillicrap et al. 2015 (arXiv:1509.02971), and README.md's section on each:
 
     networks mu and Q                           ann, Agent           section 2
     exploration a = mu(s) + n                   noise                section 3
@@ -13,6 +13,7 @@ Lillicrap et al. 2015 (arXiv:1509.02971) is the map of this file; sections are t
     theta' <- tau theta' + (1 - tau) theta      soft_update          section 7
     for each episode, for each step             train                section 8
     the steps of a block in one call            Agent.train_block    section 9
+    mu without that call, to act                mu                   section 9
     what Q promised against what followed       evaluate             section 10
 
 `python ddpg.py` teaches a pendulum to stand up; `python ddpg.py --help` lists every setting.
@@ -31,7 +32,7 @@ import gymnasium as gym
 import matplotlib.pyplot as plt
 import numpy as np
 
-os.environ |= {"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"}  # Keras runs on JAX too
+os.environ |= {"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"}  # not JAX; no chatter
 real_stderr = os.dup(2)  # no setting silences all that TensorFlow prints while it loads
 os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 try:
@@ -92,14 +93,6 @@ def ann(input_size, layer_sizes, output_activation):
         keras.layers.Activation(output_activation)])
 
 
-def mu(weights, s):
-    """The actor of these weights, (n,) -> (m,), over 100 times faster than Keras (section 9)."""
-    for kernel, bias in zip(weights[::2], weights[1::2]):
-        x = s @ kernel + bias
-        s = np.maximum(x, 0)  # what the next layer sees; the last has tanh instead
-    return np.tanh(x)
-
-
 def noise(size, sigma, theta, rng):
     """Yields n (size,) for each step: n <- (1 - theta) n + sigma N(0, I), from 0 (section 3)."""
     n = np.zeros(size)
@@ -133,7 +126,7 @@ class ReplayBuffer:
 
 
 def descend(network, loss, *batch):
-    """Move the weights of `network`, no others, one step down loss(*batch). Returns that loss."""
+    """Move the weights of `network` alone one Adam step down loss(*batch), which it returns."""
     with tf.GradientTape() as tape:
         value = loss(*batch)
     network.optimizer.apply(tape.gradient(value, network.trainable_variables))
@@ -150,8 +143,8 @@ class Agent:
     """The networks, their optimizers, the memory, and the history [[steps so far, return], ...].
 
     Learns in any `env` whose observations are a Box of shape (n,) and whose actions are a bounded
-    Box of shape (m,); ValueError for others. Inside, an action is always in [-1, 1] (section 2).
-    `policy` is the Keras model (N, n) -> (N, m) of actions in the environment's own units.
+    Box of shape (m,); ValueError for others. All actions are in [-1, 1] (section 2), except
+    those of `policy`, a Keras model (N, n) -> (N, m): they are in the environment's own units.
     """
 
     def __init__(self, env, settings):
@@ -172,12 +165,12 @@ class Agent:
         self.target_actor, self.target_critic = copy.deepcopy((self.actor, self.critic))
         self.average_actor = copy.deepcopy(self.actor)  # the final policy (section 7)
         for network, rate in (self.actor, settings.actor_lr), (self.critic, settings.critic_lr):
-            network.compile(keras.optimizers.Adam(rate))
+            network.compile(keras.optimizers.Adam(rate))  # only gives the network its optimizer
             network.optimizer.build(network.variables)  # so that restore finds variables to fill
 
         low, high = actions.low.astype(float), actions.high.astype(float)
-        self.policy = keras.Sequential([self.average_actor, keras.layers.Rescaling(
-            ((high - low) / 2).tolist(), ((high + low) / 2).tolist())])
+        self.policy = keras.Sequential([
+            self.average_actor, keras.layers.Rescaling((high - low) / 2, (high + low) / 2)])
         self.variables = [variable for part in (
             self.actor, self.critic, self.target_actor, self.target_critic, self.average_actor,
             self.actor.optimizer, self.critic.optimizer) for variable in part.variables]
@@ -219,7 +212,7 @@ class Agent:
         return tf.math.is_finite(tf.add_n([total, *map(tf.reduce_sum, weights)]))
 
     def save(self, path):
-        """Write to `path` all that decides the future: all or nothing, and without pickle."""
+        """Write to `path` all that further training needs: whole or not at all, without pickle."""
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part.npz")  # a name that numpy.savez leaves as it is
         rest = {"settings": vars(self.settings), "rng": self.rng.bit_generator.state,
@@ -243,13 +236,21 @@ def read_checkpoint(path):
         return {**file, **json.loads(str(file["rest"]))}
 
 
-def play(policy, env, seed):
-    """One episode of `policy`: yields its transitions (s, a, r, s', terminated) as they happen."""
-    space = env.action_space  # each a in [-1, 1] becomes one in its bounds, of its kind of number
+def mu(weights, s):
+    """The actor of these weights, (n,) -> (m,), over 100 times faster than Keras (section 9)."""
+    for kernel, bias in zip(weights[::2], weights[1::2]):
+        x = s @ kernel + bias
+        s = np.maximum(x, 0)  # now the next layer's input; after the last layer, tanh is due
+    return np.tanh(x)
+
+
+def play(act, env, seed):
+    """One episode of a = act(s) in [-1, 1]: yields each (s, a, r, s', terminated) as it happens."""
+    space = env.action_space  # each a becomes an action in its bounds, of its dtype
     low, high = space.low.astype(float), space.high.astype(float)
     state, over = np.array(env.reset(seed=seed)[0], np.float32), False  # a copy: envs may reuse it
     while not over:
-        a = policy(state)
+        a = act(state)
         action = np.clip((high + low) / 2 + (high - low) / 2 * a, low, high)
         action = action if space.dtype.kind == "f" else np.rint(action)
         next_state, reward, terminated, truncated, _ = env.step(action.astype(space.dtype))
@@ -269,7 +270,7 @@ def train(agent, env):
     while len(agent.history) < settings.episodes:
         noises, total = noise(size, settings.noise, settings.noise_theta, rng), 0.0
 
-        def explore(s):  # with the weights that the last block left
+        def explore(s):  # `weights` change below, after each block
             if buffer.added < settings.warmup:
                 return rng.uniform(-1, 1, size)
             return np.clip(mu(weights, s) + next(noises), -1, 1)
@@ -297,13 +298,13 @@ def evaluate(agent, env):
     """
     weights, gamma = agent.average_actor.get_weights(), agent.settings.gamma
     for seed in EVALUATION_SEEDS:
-        states, _, rewards, next_states, ended = zip(*play(lambda s: mu(weights, s), env, seed))
+        states, _, rewards, next_states, d = zip(*play(lambda s: mu(weights, s), env, seed))
         states = tf.stack([*states, next_states[-1]])
         q = agent.critic(tf.concat([states, agent.average_actor(states)], axis=1)).numpy()[:, 0]
-        pairs, truth = [], 0.0 if ended[-1] else q[-1]  # what follows the last s'
+        truth, pairs = 0.0 if d[-1] else q[-1], []  # first, what follows the last s'
         for k, reward in enumerate(rewards[::-1], 1):  # backwards, from k steps before the end
             truth = reward + gamma * truth
-            if ended[-1] or gamma**k < 0.5:
+            if d[-1] or gamma**k < 0.5:
                 pairs.append((q[-1 - k], truth))  # q[-1] is that of the last s'
         yield sum(rewards), pairs
 
@@ -339,7 +340,7 @@ def run(agent, env, out):
                   f"{(agent.buffer.added - first_step) / (now - began):.0f} steps/s".ljust(80),
                   end="", flush=True)
             if signal.getsignal(signal.SIGINT) == before:
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt  # the first Ctrl-C was pressed
             if now > saved_at + SAVE_EVERY:
                 agent.save(path)
                 saved_at = now
@@ -354,7 +355,7 @@ def run(agent, env, out):
         agent.restore(read_checkpoint(path))
         return 1
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # what follows takes a moment: let it finish
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # saving takes a moment: let it finish
         agent.save(path)
         rows = [f"{i},{step},{total}\n" for i, (step, total) in enumerate(agent.history, 1)]
         path.with_name("returns.csv").write_text("episode,steps,return\n" + "".join(rows))
@@ -391,22 +392,20 @@ def main(arguments=None):
     asked = parser.parse_args(arguments)
     given = {name: vars(asked)[name] for name in SETTINGS if vars(asked)[name] is not None}
     show = "rgb_array_list" if asked.gif else "human" if asked.watch else None
-    about = ""  # what to say before an error in the lines that follow
+    has_display = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & {*os.environ}
+    if show == "human" and not has_display:
+        parser.error("--watch finds no display: try --gif")
+    out = asked.out or Path("runs/{env}-seed{seed}".format(**(vars(settings()) | given)))
+    path, reuse = out / "checkpoint.npz", asked.resume or show  # whether to use the run in `out`
+    about = f"cannot read {path} (train first, or choose another --out): "  # said before an error
     try:
-        has_display = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & {*os.environ}
-        if show == "human" and not has_display:
-            raise ValueError("--watch finds no display: try --gif")
-        out = asked.out or Path("runs/{env}-seed{seed}".format(**(vars(settings()) | given)))
-        path, old = out / "checkpoint.npz", asked.resume or show  # old: the run that is in `out`
-        about = f"cannot read {path} (train first, or choose another --out): "
-        saved = read_checkpoint(path) if old or path.exists() else None
-        kept = saved["settings"] if old else {}
-        about = f"--out {out}: "
-        if saved and not old and len(saved["history"]) < saved["settings"]["episodes"]:
-            raise ValueError("an unfinished run: add --resume to go on, or choose another folder")
+        saved = read_checkpoint(path) if reuse or path.exists() else None
+        kept = saved["settings"] if reuse else {}
+        if saved and not reuse and len(saved["history"]) < saved["settings"]["episodes"]:
+            parser.error(f"--out {out}: an unfinished run; add --resume to go on, or use another")
         for name, value in given.items():
-            if old and value != kept[name] and (name != "episodes" or value < kept[name]):
-                raise ValueError(f"{flag(name)} {value} contradicts its {kept[name]}: leave it out")
+            if reuse and value != kept[name] and (name != "episodes" or value < kept[name]):
+                parser.error(f"{flag(name)} {value} contradicts the run's {kept[name]}: omit it")
         about = ""
         chosen = settings(**(kept | given))
 
@@ -416,7 +415,8 @@ def main(arguments=None):
         env = gym.make(chosen.env, **({"render_mode": show} if show else {}))
         env.reset(seed=chosen.seed)  # an environment that cannot start replaces no finished run
         agent = Agent(env, chosen)
-        if old:
+        about = ""
+        if reuse:
             agent.restore(saved)
         if show:
             watch(agent, env, out / "policy.gif" if asked.gif else None)
@@ -424,8 +424,8 @@ def main(arguments=None):
 
         about = f"cannot write to --out {out} (choose another): "
         agent.save(path)  # what cannot be written fails here, not after training
-        if saved and not old:
-            print(f"replacing the finished run in {out}")
+        if saved and not reuse:
+            print(f"replaced the finished run in {out}")
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -435,6 +435,6 @@ def main(arguments=None):
 
 if __name__ == "__main__":
     status = main()
-    if status == 0 and plt.get_backend().lower() != "agg":  # "agg": there is no display
+    if status == 0 and plt.get_backend().lower() != "agg":  # agg cannot show
         plt.show()
     sys.exit(status)
