@@ -492,6 +492,8 @@ def test_runs_are_finished_resumed_replaced_or_refused_as_they_should(tmp_path, 
     assert (tmp_path / "checkpoint.npz").read_bytes() == before, "a finished run was replaced by nothing"
     assert ddpg.main([*run, "--episodes", "1"]) == 0 and "replac" in capfd.readouterr().out
     assert len((tmp_path / "returns.csv").read_text().splitlines()) == 2
+    assert ddpg.read_checkpoint(tmp_path / "checkpoint.npz")["settings"] == vars(ddpg.settings(
+        env="Line-v0", episodes=1, batch_size=4, warmup=20, hidden=[4], updates=0.0)), "settings of the run that was replaced"
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "actor.keras", "checkpoint.npz", "returns.csv", "returns.png"]
 
