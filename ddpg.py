@@ -415,7 +415,7 @@ def main(arguments=None):
         env = gym.make(chosen.env, **({"render_mode": show} if show else {}))
         env.reset(seed=chosen.seed)  # an environment that cannot start replaces no finished run
         agent = Agent(env, chosen)
-        about = ""
+        about = f"cannot use the run in {out}: "
         if reuse:
             agent.restore(saved)
         if show:
