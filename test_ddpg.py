@@ -17,6 +17,8 @@ import tensorflow as tf
 from PIL import Image
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation:DeprecationWarning")  # between Keras and NumPy
 tf.config.threading.set_intra_op_parallelism_threads(1)
 
 
