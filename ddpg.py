@@ -356,12 +356,14 @@ def run(agent, env, out):
         return 1
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # saving takes a moment: let it finish
-        agent.save(path)
-        rows = [f"{i},{step},{total}\n" for i, (step, total) in enumerate(agent.history, 1)]
-        path.with_name("returns.csv").write_text("episode,steps,return\n" + "".join(rows))
-        agent.policy.save(path.with_name("actor.keras"))
-        plot(agent.history, sum(pairs, [])).savefig(path.with_name("returns.png"))
-        signal.signal(signal.SIGINT, before)
+        try:
+            agent.save(path)
+            rows = [f"{i},{step},{total}\n" for i, (step, total) in enumerate(agent.history, 1)]
+            path.with_name("returns.csv").write_text("episode,steps,return\n" + "".join(rows))
+            agent.policy.save(path.with_name("actor.keras"))
+            plot(agent.history, sum(pairs, [])).savefig(path.with_name("returns.png"))
+        finally:
+            signal.signal(signal.SIGINT, before)
 
 
 def watch(agent, env, gif):

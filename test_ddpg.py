@@ -556,6 +556,14 @@ def test_a_reward_may_be_an_array_of_one_number():
     assert list(ddpg.train(agent, env)) == [pytest.approx(sum(agent.buffer.rows[:3, 2]))]
 
 
+def test_ctrl_c_works_again_even_if_the_results_cannot_be_written(tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(ddpg, "plot", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ddpg.run(small(episodes=1, updates=0), Line(), tmp_path)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_an_exception_of_the_environment_keeps_what_was_learned(tmp_path):
     env = Line(length=10)
     agent = small(env, episodes=5, updates=0)
