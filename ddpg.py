@@ -6,7 +6,7 @@ both, the targets mu' and Q', keep the critic from chasing its own estimates. Wh
 pieces of Algorithm 1 of Lillicrap et al. 2015 (arXiv:1509.02971), and README.md's section on each:
 
     networks mu and Q                           ann, Agent           section 2
-    exploration a = mu(s) + n                   noise                section 3
+    exploration a = mu(s) + n                   train                section 3
     memory of transitions (s, a, r, s', d)      ReplayBuffer         section 4
     critic's loss (y - Q(s, a))^2               Agent.critic_loss    section 5
     actor's loss -Q(s, mu(s))                   Agent.actor_loss     section 6
@@ -51,7 +51,7 @@ SETTINGS = {  # name: default, least, most, meaning
     "gamma": (0.995, 0, 1, "discount per step"),
     "tau": (0.98, 0, 1, "share of itself that a target keeps; the paper's tau is 1 - this"),
     "average": (0.998, 0, 1, "share that the average actor, the final policy, keeps of itself"),
-    "huber": (0.5, 1e-9, 1e9, "limit, in mean errors, beyond which the critic's loss is a line"),
+    "huber": (0.5, 1e-9, 1e9, "mean errors beyond which an error counts along a line"),
     "q_scale": (10.0, 1e-9, 1e9, "factor on the critic's output"),
     "noise": (0.3, 0, 10, "sigma of the exploration noise; 1 is half an action's range"),
     "noise_theta": (1.0, 0, 1, "1: white noise; 0.15: Ornstein-Uhlenbeck, the paper's"),
@@ -90,15 +90,7 @@ def ann(input_size, layer_sizes, output_activation):
         keras.Input((input_size,)),
         *[keras.layers.Dense(size, "relu") for size in hidden],
         keras.layers.Dense(last, kernel_initializer=near_0),
-        keras.layers.Activation(output_activation)])
-
-
-def noise(size, sigma, theta, rng):
-    """Yields n (size,) for each step: n <- (1 - theta) n + sigma N(0, I), from 0 (section 3)."""
-    n = np.zeros(size)
-    while True:
-        n = (1 - theta) * n + sigma * rng.standard_normal(size)
-        yield n
+        keras.layers.Activation(output_activation)])  # apart, as actor_loss needs the rest alone
 
 
 class ReplayBuffer:
@@ -126,7 +118,7 @@ class ReplayBuffer:
 
 
 def descend(network, loss, *batch):
-    """Move the weights of `network` alone one Adam step down loss(*batch), which it returns."""
+    """Move the weights of `network` alone one step of its optimizer down loss(*batch), returned."""
     with tf.GradientTape() as tape:
         value = loss(*batch)
     network.optimizer.apply(tape.gradient(value, network.trainable_variables))
@@ -142,25 +134,26 @@ def soft_update(target, network, tau):
 class Agent:
     """The networks, their optimizers, the memory, and the history [[steps so far, return], ...].
 
-    Learns in any `env` whose observations are a Box of shape (n,) and whose actions are a bounded
-    Box of shape (m,); ValueError for others. All actions are in [-1, 1] (section 2), except
-    those of `policy`, a Keras model (N, n) -> (N, m): they are in the environment's own units.
+    Learns in any `env` whose observations and bounded actions are each a Box of one dimension;
+    ValueError for others. All actions are in [-1, 1] (section 2), except those of `policy`, a
+    Keras model (N, state_size) -> (N, action_size): they are in the environment's own units.
     """
 
     def __init__(self, env, settings):
         states, actions = env.observation_space, env.action_space
-        if not (all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1
-                    for space in (states, actions)) and actions.is_bounded()):
+        boxes = [isinstance(x, gym.spaces.Box) and len(x.shape) == 1 for x in (states, actions)]
+        if not (all(boxes) and actions.is_bounded()):
             raise ValueError(f"observations {states} and actions {actions} must each be a Box of "
                              "one dimension, that of the actions bounded: wrap the environment")
-        (n,), (m,) = states.shape, actions.shape
+        (state_size,), (action_size,) = states.shape, actions.shape
         self.settings, self.rng = settings, np.random.default_rng(settings.seed)
-        self.buffer, self.history = ReplayBuffer(settings.buffer_size, n, m), []
+        self.buffer, self.history = ReplayBuffer(settings.buffer_size, state_size, action_size), []
 
         keras.utils.set_random_seed(settings.seed)  # for the first weights
-        self.actor = ann(n, [*settings.hidden, m], "tanh")
-        self.critic = keras.Sequential([ann(n + m, [*settings.hidden, 1], "linear"),
-                                        keras.layers.Rescaling(settings.q_scale)])
+        self.actor = ann(state_size, [*settings.hidden, action_size], "tanh")
+        self.critic = keras.Sequential([
+            ann(state_size + action_size, [*settings.hidden, 1], "linear"),
+            keras.layers.Rescaling(settings.q_scale)])
         self.before_tanh = keras.Sequential(self.actor.layers[:-1])  # shared layers, no tanh
         self.target_actor, self.target_critic = copy.deepcopy((self.actor, self.critic))
         self.average_actor = copy.deepcopy(self.actor)  # the final policy (section 7)
@@ -178,7 +171,7 @@ class Agent:
     def critic_loss(self, s, a, r, s_next, d):
         """L = 1/N sum (y - Q(s, a))^2 with y = r + gamma (1 - d) Q'(s', mu'(s')) (section 5).
 
-        s, s_next: (N, n); a: (N, m); r, d: (N, 1), as r of (N,) would broadcast to an (N, N) table.
+        s, a, s_next: (N, size); r, d: (N, 1), as r of shape (N,) would broadcast to (N, N).
         Errors beyond `huber` times their mean size count along a line: they drown no small ones.
         """
         q_next = self.target_critic(tf.concat([s_next, self.target_actor(s_next)], axis=1))
@@ -189,12 +182,9 @@ class Agent:
         return tf.reduce_mean(cut * (2 * error - cut))
 
     def actor_loss(self, s):
-        """J + toll with J = -1/N sum Q(s, mu(s)) (section 6), s: (N, n). Lower is more Q.
-
-        Beyond |x| = 5, tanh(x) is flat and lets no gradient through, so such an x costs a toll.
-        """
+        """J + toll with J = -1/N sum Q(s, mu(s)), s: (N, state_size) (section 6)."""
         x = self.before_tanh(s)
-        toll = tf.reduce_mean(tf.nn.relu(tf.abs(x) - 5) ** 2)
+        toll = tf.reduce_mean(tf.nn.relu(tf.abs(x) - 5) ** 2)  # beyond 5, tanh passes no gradient
         return toll - tf.reduce_mean(self.critic(tf.concat([s, tf.tanh(x)], axis=1)))
 
     @tf.function(jit_compile=True)  # one call a block, as a call costs more than a step (section 9)
@@ -231,13 +221,13 @@ class Agent:
 
 
 def read_checkpoint(path):
-    """What Agent.save wrote, as a dict. A damaged file raises what numpy.load raises."""
+    """What Agent.save wrote, as a dict (`main` reads the settings before there is an Agent)."""
     with np.load(path) as file:
         return {**file, **json.loads(str(file["rest"]))}
 
 
 def mu(weights, s):
-    """The actor of these weights, (n,) -> (m,), over 100 times faster than Keras (section 9)."""
+    """The actor of these weights, for one s, over 100 times faster than Keras (section 9)."""
     for kernel, bias in zip(weights[::2], weights[1::2]):
         x = s @ kernel + bias
         s = np.maximum(x, 0)  # now the next layer's input; after the last layer, tanh is due
@@ -262,18 +252,18 @@ def play(act, env, seed):
 def train(agent, env):
     """Algorithm 1 (section 8), as a generator: at each episode's end it yields the return.
 
-    Between episodes nothing is under way, so a run can be saved or stopped there. Each reset has a
-    seed from agent.rng, so a resumed run gets the same starts. FloatingPointError if it diverges.
+    There a run can be saved or stopped, as nothing is under way. FloatingPointError if it diverges.
     """
     settings, buffer, rng = agent.settings, agent.buffer, agent.rng
-    weights, size = agent.actor.get_weights(), env.action_space.shape[0]
+    weights = agent.actor.get_weights()
     while len(agent.history) < settings.episodes:
-        noises, total = noise(size, settings.noise, settings.noise_theta, rng), 0.0
+        n, total = np.zeros(env.action_space.shape), 0.0
 
-        def explore(s):  # `weights` change below, after each block
+        def explore(s):  # n <- (1 - theta) n + sigma N(0, I); `weights` change after each block
             if buffer.added < settings.warmup:
-                return rng.uniform(-1, 1, size)
-            return np.clip(mu(weights, s) + next(noises), -1, 1)
+                return rng.uniform(-1, 1, n.shape)
+            n[:] = (1 - settings.noise_theta) * n + settings.noise * rng.standard_normal(n.shape)
+            return np.clip(mu(weights, s) + n, -1, 1)
 
         for s, a, r, s_next, d in play(explore, env, seed=int(rng.integers(2**31))):
             buffer.add(s, a, r, s_next, d)
@@ -326,11 +316,11 @@ def plot(history, pairs):
 
 
 def run(agent, env, out):
-    """Train to the end or to Ctrl-C, leave the results in the folder `out`; the exit status."""
+    """Train to the end or to Ctrl-C, leave results in the folder `out`, return the exit status."""
     path, pairs = Path(out) / "checkpoint.npz", []
     agent.save(path)  # a good state to return to, should the very first episodes diverge
     first_step, began, saved_at = agent.buffer.added, time.perf_counter(), time.perf_counter()
-    # the first Ctrl-C only puts the old handler back, which the loop notices; a second acts at once
+    # a first Ctrl-C only puts the old handler back: the loop notices that, a second acts at once
     before = signal.signal(signal.SIGINT, lambda *_: signal.signal(signal.SIGINT, before))
     try:
         for total in train(agent, env):
@@ -412,7 +402,7 @@ def main(arguments=None):
         chosen = settings(**(kept | given))
 
         about = f"cannot use --env {chosen.env} (choose another, or install what it needs): "
-        if chosen.batch_size * max(chosen.hidden, default=0) < 8192:  # too little work for two
+        if chosen.batch_size * max(chosen.hidden, default=0) < 8192:  # for two threads: too little
             tf.config.threading.set_intra_op_parallelism_threads(1)
         env = gym.make(chosen.env, **({"render_mode": show} if show else {}))
         env.reset(seed=chosen.seed)  # an environment that cannot start replaces no finished run
@@ -436,7 +426,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    status = main()
-    if status == 0 and plt.get_backend().lower() != "agg":  # agg cannot show
-        plt.show()
-    sys.exit(status)
+    sys.exit(main() or plt.show())  # the picture, in a window, after a run that went well

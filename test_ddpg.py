@@ -229,14 +229,17 @@ def test_buffer_samples_uniformly():
 @pytest.mark.parametrize("theta", [1.0, 0.15])
 def test_noise_has_the_deviation_and_memory_of_theory(theta):
     """n is autoregressive: correlation rho = 1 - theta, deviation sigma / sqrt(1 - rho^2)."""
-    noise = ddpg.noise(2, 0.3, theta, np.random.default_rng(0))
-    n = np.array([next(noise) for _ in range(40_000)])
-    assert n[0].std() < 2, "it does not start from 0"
-    n = n[100:]
-    rho = 1 - theta
-    np.testing.assert_allclose(n.std(0), 0.3 / np.sqrt(1 - rho**2), rtol=0.03)
+    def strays(length, episodes):  # keep = push = 0: in x = 0, where mu is 0, a = n
+        env = Line(low=(-1, -1), high=(1, 1), length=length, keep=0.0, push=0.0)
+        agent = small(env, noise=0.1, noise_theta=theta, updates=0, episodes=episodes)
+        list(ddpg.train(agent, env))
+        return agent.buffer.rows[100:length * episodes, 1:3]  # the first few are the warm-up
+
+    rho, n = 1 - theta, strays(40_000, 1)
+    np.testing.assert_allclose(n.std(0), 0.1 / np.sqrt(1 - rho**2), rtol=0.03)
     np.testing.assert_allclose([np.corrcoef(x[1:], x[:-1])[0, 1] for x in n.T], rho, atol=0.02)
     assert abs(np.corrcoef(n.T)[0, 1]) < 0.05, "dimensions share their noise"
+    np.testing.assert_allclose(strays(1, 4000).std(0), 0.1, rtol=0.06, err_msg="n does not start from 0")
 
 
 def test_actions_fill_asymmetric_bounds_and_never_leave_them():
