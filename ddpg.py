@@ -364,7 +364,7 @@ def watch(agent, env, gif):
         if gif:
             frames = (keras.utils.array_to_img(frame, scale=False) for frame in env.render())
             next(frames).save(gif, save_all=True, append_images=frames, loop=0,
-                              duration=1000 / env.metadata.get("render_fps", 30))
+                              duration=max(20, 1000 / env.metadata.get("render_fps", 30)))
             print(f"written to {gif}")
             break
     env.close()
@@ -398,12 +398,12 @@ def main(arguments=None):
         for name, value in given.items():
             if reuse and value != kept[name] and (name != "episodes" or value < kept[name]):
                 parser.error(f"{flag(name)} {value} contradicts the run's {kept[name]}: omit it")
-        about = ""
+        about = about if reuse else ""
         chosen = settings(**(kept | given))
-
-        about = f"cannot use --env {chosen.env} (choose another, or install what it needs): "
         if chosen.batch_size * max(chosen.hidden, default=0) < 8192:  # for two threads: too little
             tf.config.threading.set_intra_op_parallelism_threads(1)
+
+        about = f"cannot use --env {chosen.env} (choose another, or install what it needs): "
         env = gym.make(chosen.env, **({"render_mode": show} if show else {}))
         env.reset(seed=chosen.seed)  # an environment that cannot start replaces no finished run
         agent = Agent(env, chosen)
@@ -415,9 +415,9 @@ def main(arguments=None):
             return 0
 
         about = f"cannot write to --out {out} (choose another): "
-        agent.save(path)  # what cannot be written fails here, not after training
         if saved and not reuse:
-            print(f"replaced the finished run in {out}")
+            print(f"replacing the finished run in {out}")
+        agent.save(path)  # what cannot be written fails here, not after training
     except KeyboardInterrupt:
         return 130
     except Exception as error:

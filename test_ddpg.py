@@ -249,6 +249,8 @@ def test_actions_fill_asymmetric_bounds_and_never_leave_them():
     for actions in (np.array(env.actions[:100]), np.array(env.actions[100:])):  # random, then noisy
         np.testing.assert_allclose(actions.min(0), [-1, 3], atol=0.15)
         np.testing.assert_allclose(actions.max(0), [0.1, 7], atol=0.15)
+        assert abs(np.corrcoef(actions.T)[0, 1]) < 0.5, "the dimensions move as one"
+    assert abs(agent.buffer.rows[:, 1:3]).max() == 1, "what is remembered is not what was done"
     assert env.actions[0].dtype == np.float32
 
 
@@ -432,7 +434,7 @@ def refused(*options):
     (["--batch-size", "300", "--warmup", "200"], ("batch-size", "300", "200")),
     (["--env", "Nowhere-v0"], ("--env", "Nowhere-v0")),
     (["--env", "nowhere:Nowhere-v0"], ("--env", "nowhere")),
-    *[(["--env", name], (name,)) for name in Refuses.SPACES],
+    *[(["--env", name], (name, "one dimension")) for name in Refuses.SPACES],
     (["--resume"], ("--out", "checkpoint.npz")),
     (["--watch"], ("--out", "checkpoint.npz")),
     (["--gif"], ("--out", "checkpoint.npz")),
@@ -444,6 +446,7 @@ def test_bad_input_gets_one_line_and_leaves_nothing(options, named, tmp_path, mo
     printed = capfd.readouterr()
     assert printed.err.startswith("ddpg.py: ") and printed.err.count("\n") == 1, printed.err
     assert all(word in printed.err for word in named) and printed.out == ""
+    assert "cannot read" not in printed.err or "checkpoint.npz" in named
     assert list(tmp_path.iterdir()) == []
 
 
@@ -472,6 +475,15 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(damage, tmp_path, capfd):
         err = capfd.readouterr().err
         assert str(tmp_path) in err and path.name in err and err.count("\n") == 1
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_checkpoint_of_another_version_is_refused_with_its_name(tmp_path, capfd):
+    agent = small()
+    agent.settings.colour = "red"  # a setting that this version does not have
+    agent.save(tmp_path / "checkpoint.npz")
+    refused("--resume", "--out", tmp_path)
+    err = capfd.readouterr().err
+    assert "colour" in err and str(tmp_path) in err and err.count("\n") == 1
 
 
 def test_runs_are_finished_resumed_replaced_or_refused_as_they_should(tmp_path, monkeypatch, capfd):
@@ -674,14 +686,17 @@ def test_import_has_no_side_effects_and_help_names_every_default(tmp_path, capsy
         assert f"--{name.replace('_', '-')}" in text and f"default: {value}" in " ".join(text.split())
 
 
-def test_a_gif_needs_no_display(tmp_path, capfd):
-    gym.register("Short-v0", "gymnasium.envs.classic_control:PendulumEnv", max_episode_steps=40)
-    env = gym.make("Short-v0")
-    agent = ddpg.Agent(env, ddpg.settings(env="Short-v0"))
+@pytest.mark.parametrize("fps, duration", [(20, 50), (125, 20)])  # viewers play anything below 20 ms slowly
+def test_a_gif_needs_no_display(fps, duration, tmp_path, monkeypatch, capfd):
+    name = f"Short{fps}-v0"
+    gym.register(name, "gymnasium.envs.classic_control:PendulumEnv", max_episode_steps=fps)
+    env = gym.make(name)
+    monkeypatch.setitem(env.unwrapped.metadata, "render_fps", fps)
+    agent = ddpg.Agent(env, ddpg.settings(env=name))
     agent.save(tmp_path / "checkpoint.npz")
     assert ddpg.main(["--gif", "--out", str(tmp_path)]) == 0
     with Image.open(tmp_path / "policy.gif") as gif:
-        assert 30 < gif.n_frames <= 41 and gif.info["duration"] > 20
+        assert fps / 2 < gif.n_frames <= fps + 1 and gif.info["duration"] == duration
     total = sum(t[2] for t in ddpg.play(average(agent), env, ddpg.EVALUATION_SEEDS[0]))
     assert re.findall("return .*", capfd.readouterr().out) == [f"return {total:.5g}"]
 
