@@ -426,4 +426,7 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main() or plt.show())  # the picture, in a window, after a run that went well
+    status = main()
+    if status == 0 and plt.get_backend().lower() != "agg":  # agg cannot show
+        plt.show()
+    sys.exit(status)
