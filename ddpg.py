@@ -118,7 +118,7 @@ class ReplayBuffer:
 
 
 def descend(network, loss, *batch):
-    """Move the weights of `network` alone one step of its optimizer down loss(*batch), returned."""
+    """One optimizer step down loss(*batch), moving `network` alone. Returns the loss."""
     with tf.GradientTape() as tape:
         value = loss(*batch)
     network.optimizer.apply(tape.gradient(value, network.trainable_variables))
@@ -221,7 +221,7 @@ class Agent:
 
 
 def read_checkpoint(path):
-    """What Agent.save wrote, as a dict (`main` reads the settings before there is an Agent)."""
+    """What Agent.save wrote, as a dict. A damaged file raises what numpy.load raises."""
     with np.load(path) as file:
         return {**file, **json.loads(str(file["rest"]))}
 
@@ -272,7 +272,8 @@ def train(agent, env):
             if step >= settings.warmup and step % block == 0:
                 # gradient steps due by now, less those due a block ago: `updates` may be a fraction
                 k = int(settings.updates * step) - int(settings.updates * (step - block))
-                if k and not agent.train_block(buffer.sample(rng, k, settings.batch_size)):
+                finite = k == 0 or agent.train_block(buffer.sample(rng, k, settings.batch_size))
+                if not finite:
                     raise FloatingPointError("a loss or a weight is no longer finite: check the "
                                              "rewards, try lower learning rates in a new --out")
                 weights = agent.actor.get_weights()
