@@ -235,11 +235,11 @@ def test_noise_has_the_deviation_and_memory_of_theory(theta):
         list(ddpg.train(agent, env))
         return agent.buffer.rows[100:length * episodes, 1:3]  # the first few are the warm-up
 
-    rho, n = 1 - theta, strays(40_000, 1)
+    rho, n = 1 - theta, strays(16_000, 1)
     np.testing.assert_allclose(n.std(0), 0.1 / np.sqrt(1 - rho**2), rtol=0.03)
     np.testing.assert_allclose([np.corrcoef(x[1:], x[:-1])[0, 1] for x in n.T], rho, atol=0.02)
     assert abs(np.corrcoef(n.T)[0, 1]) < 0.05, "dimensions share their noise"
-    np.testing.assert_allclose(strays(1, 4000).std(0), 0.1, rtol=0.06, err_msg="n does not start from 0")
+    np.testing.assert_allclose(strays(1, 1600).std(0), 0.1, rtol=0.06, err_msg="n does not start from 0")
 
 
 def test_actions_fill_asymmetric_bounds_and_never_leave_them():
