@@ -429,5 +429,6 @@ def main(arguments=None):
 if __name__ == "__main__":
     status = main()
     if status == 0 and plt.get_backend().lower() != "agg":  # agg cannot show
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C closes the window without a traceback
         plt.show()
     sys.exit(status)

@@ -637,6 +637,17 @@ def finish(process, status=0):
     return out.decode(), err.decode()
 
 
+def test_a_script_shows_its_picture_and_ctrl_c_closes_it_without_a_word(tmp_path):
+    process = start(
+        "import runpy, time; plt = ddpg.plt; plt.get_backend = lambda: 'a window, let us say'; "
+        "plt.show = lambda: (print('shown'), time.sleep(60)); runpy.run_path('ddpg.py', run_name='__main__')",
+        "--episodes", 1, "--updates", 0, "--out", tmp_path)
+    wait_for(process, b"shown")
+    assert (tmp_path / "returns.png").exists()
+    process.send_signal(signal.SIGINT)
+    assert finish(process, -signal.SIGINT)[1] == ""
+
+
 def test_the_same_seed_gives_the_same_digits_through_kills(tmp_path):
     """One run is left alone; one is killed, resumed, killed again and resumed."""
     def run(name, *options):
