@@ -171,7 +171,7 @@ class Agent:
     def critic_loss(self, s, a, r, s_next, d):
         """L = 1/N sum (y - Q(s, a))^2 with y = r + gamma (1 - d) Q'(s', mu'(s')) (section 5).
 
-        s, a, s_next: (N, size); r, d: (N, 1), as r of shape (N,) would broadcast to (N, N).
+        s, s_next: (N, state_size); a: (N, action_size); r, d: (N, 1), as (N,) would make it (N, N).
         Errors beyond `huber` times their mean size count along a line: they drown no small ones.
         """
         q_next = self.target_critic(tf.concat([s_next, self.target_actor(s_next)], axis=1))
@@ -227,7 +227,7 @@ def read_checkpoint(path):
 
 
 def mu(weights, s):
-    """The actor of these weights, for one s, over 100 times faster than Keras (section 9)."""
+    """mu(s) of one s, (state_size,) -> (action_size,), 100 times faster than Keras (section 9)."""
     for kernel, bias in zip(weights[::2], weights[1::2]):
         x = s @ kernel + bias
         s = np.maximum(x, 0)  # now the next layer's input; after the last layer, tanh is due
