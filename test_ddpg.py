@@ -1,5 +1,7 @@
 """Statements about DDPG, each with numbers that can be checked by hand. `python -m pytest` runs them."""
 
+import contextlib
+import functools
 import json
 import os
 import re
@@ -68,6 +70,16 @@ def by_hand():
 def average(agent):
     weights = agent.average_actor.get_weights()
     return lambda s: ddpg.mu(weights, s)
+
+
+@contextlib.contextmanager
+def eagerly():
+    """Without compiling, which takes longer than a few small steps do."""
+    tf.config.run_functions_eagerly(True)
+    try:
+        yield
+    finally:
+        tf.config.run_functions_eagerly(False)
 
 
 def column(*values):
@@ -189,14 +201,15 @@ def test_targets_start_as_copies_and_keep_tau_of_themselves():
 
 
 def test_a_block_of_steps_equals_blocks_of_one():
-    """After each step the actor and the critic have moved, and all that follows them by its own share."""
+    """Compiled or not. After each step the actor and the critic have moved, and what follows them by its share."""
     together, apart = small(seed=3, tau=0.9, average=0.75), small(seed=3, tau=0.9, average=0.75)
     batches = batch_of(together, 5)
     assert together.train_block(batches)
     followers = [("target_actor", "actor", 0.9), ("target_critic", "critic", 0.9), ("average_actor", "actor", 0.75)]
     for i in range(5):
         old = {name: getattr(apart, name).get_weights() for name in ("actor", "critic", "target_actor", "target_critic", "average_actor")}
-        assert apart.train_block(batches[i:i + 1])
+        with eagerly():
+            assert apart.train_block(batches[i:i + 1])
         for slow, network, share in followers:
             for was, now, goal in zip(old[slow], getattr(apart, slow).get_weights(), getattr(apart, network).get_weights()):
                 np.testing.assert_allclose(now, share * was + (1 - share) * goal, rtol=1e-5, atol=1e-7)
@@ -229,17 +242,17 @@ def test_buffer_samples_uniformly():
 @pytest.mark.parametrize("theta", [1.0, 0.15])
 def test_noise_has_the_deviation_and_memory_of_theory(theta):
     """n is autoregressive: correlation rho = 1 - theta, deviation sigma / sqrt(1 - rho^2)."""
-    def strays(length, episodes):  # keep = push = 0: in x = 0, where mu is 0, a = n
-        env = Line(low=(-1, -1), high=(1, 1), length=length, keep=0.0, push=0.0)
+    def strays(length, episodes):  # keep = push = 0: in x = 0, where mu is 0, a = n, of eight numbers
+        env = Line(low=[-1] * 8, high=[1] * 8, length=length, keep=0.0, push=0.0)
         agent = small(env, noise=0.1, noise_theta=theta, updates=0, episodes=episodes)
         list(ddpg.train(agent, env))
-        return agent.buffer.rows[100:length * episodes, 1:3]  # the first few are the warm-up
+        return agent.buffer.rows[100:length * episodes, 1:9]  # the first few are the warm-up
 
-    rho, n = 1 - theta, strays(16_000, 1)
-    np.testing.assert_allclose(n.std(0), 0.1 / np.sqrt(1 - rho**2), rtol=0.03)
-    np.testing.assert_allclose([np.corrcoef(x[1:], x[:-1])[0, 1] for x in n.T], rho, atol=0.02)
-    assert abs(np.corrcoef(n.T)[0, 1]) < 0.05, "dimensions share their noise"
-    np.testing.assert_allclose(strays(1, 1600).std(0), 0.1, rtol=0.06, err_msg="n does not start from 0")
+    rho, n = 1 - theta, strays(4000, 1)
+    assert n.std() == pytest.approx(0.1 / np.sqrt(1 - rho**2), rel=0.03)
+    assert np.corrcoef(n[1:].ravel(), n[:-1].ravel())[0, 1] == pytest.approx(rho, abs=0.02)
+    assert np.abs(np.corrcoef(n.T) - np.eye(8)).max() < 0.2, "dimensions share their noise"
+    assert strays(1, 500).std() == pytest.approx(0.1, rel=0.06), "n does not start from 0"
 
 
 def test_actions_fill_asymmetric_bounds_and_never_leave_them():
@@ -279,8 +292,9 @@ def test_the_numpy_actor_is_the_keras_actor_and_the_saved_policy_in_the_environm
 def test_the_loop_explores_around_the_online_actor_of_the_last_block():
     """After the warm-up, a = mu(s) + n: without noise mu(s), that of the block before; with it, it strays by sigma."""
     for sigma in (0.0, 0.2):
-        agent = small(noise=sigma, episodes=1, train_every=20, warmup=20, hidden=(8,))
-        list(ddpg.train(agent, Line()))
+        agent = small(noise=sigma, episodes=1, train_every=20, warmup=20, updates=0.25, hidden=(8,))
+        with eagerly():
+            list(ddpg.train(agent, Line()))
         weights, old = agent.actor.get_weights(), agent.target_actor.get_weights()
         agent.settings.episodes, agent.settings.updates = 60, 0
         list(ddpg.train(agent, Line()))
@@ -345,11 +359,11 @@ def test_it_finds_the_linear_quadratic_optimum(seed):
     for _ in range(5):
         p = 1 + 0.64 * p - (0.4 * p) ** 2 / (0.1 + 0.25 * p)
     env = Line(low=(-1.2,), high=(1.2,), length=5, keep=0.8, push=0.5, effort=0.1)
-    agent = ddpg.Agent(env, ddpg.settings(episodes=600, seed=seed))
+    agent = ddpg.Agent(env, ddpg.settings(episodes=400, seed=seed))
     list(ddpg.train(agent, env))
     returns, _ = zip(*ddpg.evaluate(agent, env))
     optimum = np.array([-p * env.reset(seed=seed)[0][0] ** 2 for seed in ddpg.EVALUATION_SEEDS])
-    assert np.all(np.array(returns) <= optimum + 1e-4) and sum(returns) > 1.03 * sum(optimum)
+    assert np.all(np.array(returns) <= optimum + 1e-4) and sum(returns) > 1.01 * sum(optimum)
 
 
 @pytest.mark.parametrize("seed", [100, 101])
@@ -419,6 +433,11 @@ for name in Refuses.SPACES:
 gym.register("Line-v0", Line, disable_env_checker=True)
 
 
+@functools.partial(gym.register, "Extra-v0")
+def not_installed(**_):
+    raise gym.error.DependencyNotInstalled('run `pip install "gymnasium[extra]"`')
+
+
 def refused(*options):
     with pytest.raises(SystemExit) as ended:
         ddpg.main([*map(str, options)])
@@ -434,6 +453,7 @@ def refused(*options):
     (["--batch-size", "300", "--warmup", "200"], ("batch-size", "300", "200")),
     (["--env", "Nowhere-v0"], ("--env", "Nowhere-v0")),
     (["--env", "nowhere:Nowhere-v0"], ("--env", "nowhere")),
+    (["--env", "Extra-v0"], ("--env", "Extra-v0", "install")),
     *[(["--env", name], (name, "one dimension")) for name in Refuses.SPACES],
     (["--resume"], ("--out", "checkpoint.npz")),
     (["--watch"], ("--out", "checkpoint.npz")),
@@ -524,9 +544,10 @@ def test_divergence_is_named_and_leaves_the_last_good_checkpoint(tmp_path, capfd
         env.episode += 1
         return reset(**options)
     env.reset = counting_reset
-    agent = small(env, episodes=5, huber=1e9)
+    agent = small(env, episodes=5, huber=1e9, updates=0.25)
     agent.save(tmp_path / "checkpoint.npz")
-    assert ddpg.run(agent, env, tmp_path) == 1
+    with eagerly():
+        assert ddpg.run(agent, env, tmp_path) == 1
     assert "episode 3" in capfd.readouterr().err
     saved = ddpg.read_checkpoint(tmp_path / "checkpoint.npz")
     assert saved["added"] == len(saved["rows"]) == 0 and saved["history"] == []
@@ -612,23 +633,20 @@ def test_ctrl_c_finishes_the_episode_and_the_resumed_run_gives_the_same_digits(t
     assert resumed.history == whole.history and same(numbers(resumed.variables), numbers(whole.variables))
 
 
-def start(code, *arguments):
-    """`python -c code arguments`, with ddpg imported and a checkpoint at every episode's end."""
+def start(code, *arguments, cwd=HERE):
     return subprocess.Popen(
-        [sys.executable, "-u", "-c", f"import sys, ddpg, keras, numpy as np; {code}", *map(str, arguments)],
-        cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "MPLBACKEND": "agg"})
-
-
-TRAIN = "ddpg.SAVE_EVERY = 0; sys.exit(ddpg.main(sys.argv[1:]))"
+        [sys.executable, "-u", "-c", code, *map(str, arguments)], cwd=cwd,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "MPLBACKEND": "agg", "PYTHONPATH": str(HERE)})
 
 
 def wait_for(process, text):
-    """Read the process's progress line until `text` is in it."""
+    """Read what the process prints until `text` is in it."""
     seen = b""
     while text not in seen:
         byte = process.stdout.read(1)
         assert byte, process.stderr.read().decode()
         seen += byte
+    return seen.decode()
 
 
 def finish(process, status=0):
@@ -637,59 +655,82 @@ def finish(process, status=0):
     return out.decode(), err.decode()
 
 
-def test_a_script_shows_its_picture_and_ctrl_c_closes_it_without_a_word(tmp_path):
-    process = start(
-        "import runpy, time; plt = ddpg.plt; plt.get_backend = lambda: 'a window, let us say'; "
-        "plt.show = lambda: (print('shown'), time.sleep(60)); runpy.run_path('ddpg.py', run_name='__main__')",
-        "--episodes", 1, "--updates", 0, "--out", tmp_path)
-    wait_for(process, b"shown")
-    assert (tmp_path / "returns.png").exists()
-    process.send_signal(signal.SIGINT)
-    assert finish(process, -signal.SIGINT)[1] == ""
+SHORT = ["--hidden", "8", "--batch-size", "16", "--warmup", "100", "--episodes", "12"]
+SCRIPT = """
+import os, runpy, signal, sys, time
+def state():
+    return sorted(os.listdir()), signal.getsignal(signal.SIGINT)
+before = state()
+import ddpg
+threads, figures = ddpg.tf.config.threading.get_intra_op_parallelism_threads(), ddpg.plt.get_fignums()
+print("the import left all as it was" if state() == before and threads == 0 and figures == [] else state())
+ddpg.plt.get_backend = lambda: "a window, let us say"
+ddpg.plt.show = lambda: (print(os.listdir(sys.argv[-1])), print("shown"), time.sleep(60))
+runpy.run_path(ddpg.__file__, run_name="__main__")
+"""
 
 
-def test_the_same_seed_gives_the_same_digits_through_kills(tmp_path):
-    """One run is left alone; one is killed, resumed, killed again and resumed."""
-    def run(name, *options):
-        return start(TRAIN, "--out", tmp_path / name, *options)
+@pytest.fixture(scope="module")
+def script(tmp_path_factory):
+    """`python ddpg.py` is started; the function that is returned waits for its window and closes it by Ctrl-C."""
+    out = tmp_path_factory.mktemp("script") / "whole"
+    process = start(SCRIPT, *SHORT, "--out", out, cwd=out.parent)
+
+    @functools.cache
+    def result():
+        printed = wait_for(process, b"shown")
+        process.send_signal(signal.SIGINT)
+        return out, printed, finish(process, -signal.SIGINT)[1]
+    return result
+
+
+def test_the_same_seed_gives_the_same_digits_through_kills(script, tmp_path):
+    """The script is left alone; another run is killed, resumed, killed again and resumed."""
+    def run(*options):
+        code = "import sys, ddpg; ddpg.SAVE_EVERY = 0; sys.exit(ddpg.main(sys.argv[1:]))"
+        return start(code, "--out", tmp_path, *options)
 
     def kill(process, text):
         wait_for(process, text)
         process.kill()
         process.wait()
 
-    short = ["--hidden", "8", "--batch-size", "16", "--warmup", "100", "--episodes", "12"]
-    whole, killed = run("whole", *short), run("killed", *short)
-    kill(killed, b"episode 3/")
-    kill(run("killed", "--resume"), b"episode 6/")
-    out, err = finish(run("killed", "--resume"))
+    kill(run(*SHORT), b"episode 3/")
+    kill(run("--resume"), b"episode 6/")
+    resumed = run("--resume")
+    whole, *_ = script()
+    out, err = finish(resumed)
     assert err == "" and "without noise" in out and "episode 1/" not in out, "it started again"
-    finish(whole)
-    returns = (tmp_path / "whole" / "returns.csv").read_text()
-    assert (tmp_path / "killed" / "returns.csv").read_text() == returns and len(returns.splitlines()) == 13
+    returns = (whole / "returns.csv").read_text()
+    assert (tmp_path / "returns.csv").read_text() == returns and len(returns.splitlines()) == 13
 
-    agent = ddpg.Agent(gym.make("Pendulum-v1"), ddpg.settings(
-        hidden=[8], batch_size=16, warmup=100, episodes=12))
-    agent.restore(ddpg.read_checkpoint(tmp_path / "whole" / "checkpoint.npz"))
+
+def test_the_saved_actor_is_the_final_policy_in_a_python_without_our_code(script):
+    whole, *_ = script()
+    saved = ddpg.read_checkpoint(whole / "checkpoint.npz")
+    agent = ddpg.Agent(gym.make("Pendulum-v1"), ddpg.settings(**saved["settings"]))
+    agent.restore(saved)
     states = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
     plain = subprocess.run(
         [sys.executable, "-c", "import json, keras, sys; states = keras.ops.array(json.loads(sys.argv[2])); "
          "print(keras.models.load_model(sys.argv[1])(states).numpy().tolist())",
-         tmp_path / "whole" / "actor.keras", json.dumps(states.tolist())], capture_output=True, check=True, cwd="/")
+         whole / "actor.keras", json.dumps(states.tolist())], capture_output=True, check=True, cwd="/")
     loaded = np.array(json.loads(plain.stdout))
     assert loaded.shape == (5, 1) and np.ptp(loaded) > 0
     np.testing.assert_allclose(loaded, [2 * average(agent)(state) for state in states], rtol=1e-4, atol=1e-5)
 
 
-def test_import_has_no_side_effects_and_help_names_every_default(tmp_path, capsys):
-    code = ("import os, signal; before, handler = set(os.listdir()), signal.getsignal(signal.SIGINT); "
-            "import ddpg, matplotlib.pyplot as plt; "
-            "assert plt.get_fignums() == [] and set(os.listdir()) == before; "
-            "assert ddpg.tf.config.threading.get_intra_op_parallelism_threads() == 0; "
-            "assert signal.getsignal(signal.SIGINT) is handler")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=tmp_path,
-                          env={**os.environ, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1"})
-    assert done.returncode == 0 and done.stdout + done.stderr == b"", done.stderr.decode()
+def test_a_script_shows_its_picture_and_ctrl_c_closes_it_without_a_word(script):
+    _, printed, err = script()
+    assert "shown" in printed and "returns.png" in printed and err == ""
+
+
+def test_an_import_changes_nothing_and_says_nothing(script):
+    _, printed, err = script()
+    assert printed.startswith("the import left all as it was") and err == ""
+
+
+def test_help_names_every_default(capsys):
     with pytest.raises(SystemExit):
         ddpg.main(["--help"])
     text = capsys.readouterr().out
