@@ -245,7 +245,7 @@ def play(act, env, seed):
         action = action if space.dtype.kind == "f" else np.rint(action)
         next_state, reward, terminated, truncated, _ = env.step(action.astype(space.dtype))
         next_state = np.array(next_state, np.float32)
-        yield state, a, float(np.squeeze(reward)), next_state, terminated
+        yield state, a, float(np.squeeze(reward)), next_state, bool(terminated)
         state, over = next_state, terminated or truncated
 
 

@@ -586,11 +586,12 @@ def test_whole_number_actions_are_rounded_and_reach_their_bounds(space, values):
         assert set(np.ravel(actions)) == values
 
 
-def test_a_reward_may_be_an_array_of_one_number():
-    env = Line(length=3)
-    env.step = lambda action, step=env.step: (lambda x, r, *rest: (x, np.array([r]), *rest))(*step(action))
+def test_reward_and_terminated_may_be_arrays_of_one_number():
+    env = Line(length=3, terminates=True)
+    env.step = lambda action, step=env.step: [np.array([x]) if i in (1, 2) else x for i, x in enumerate(step(action))]
     agent = small(env, episodes=1)
     assert list(ddpg.train(agent, env)) == [pytest.approx(sum(agent.buffer.rows[:3, 2]))]
+    assert agent.buffer.rows[:3, -1].tolist() == [0, 0, 1]
 
 
 def test_ctrl_c_works_again_even_if_the_results_cannot_be_written(tmp_path, monkeypatch):
