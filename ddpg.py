@@ -13,7 +13,7 @@ pieces of Algorithm 1 of Lillicrap et al. 2015 (arXiv:1509.02971), and README.md
     theta' <- tau theta' + (1 - tau) theta      soft_update          section 7
     for each episode, for each step             train                section 8
     the steps of a block in one call            Agent.train_block    section 9
-    mu without that call, to act                mu                   section 9
+    mu in NumPy, to act                         mu                   section 9
     what Q promised against what followed       evaluate             section 10
 
 `python ddpg.py` teaches a pendulum to stand up; `python ddpg.py --help` lists every setting.
@@ -90,7 +90,7 @@ def ann(input_size, layer_sizes, output_activation):
         keras.Input((input_size,)),
         *[keras.layers.Dense(size, "relu") for size in hidden],
         keras.layers.Dense(last, kernel_initializer=near_0),
-        keras.layers.Activation(output_activation)])  # apart, as actor_loss needs the rest alone
+        keras.layers.Activation(output_activation)])  # apart: see before_tanh
 
 
 class ReplayBuffer:
@@ -158,7 +158,7 @@ class Agent:
         self.target_actor, self.target_critic = copy.deepcopy((self.actor, self.critic))
         self.average_actor = copy.deepcopy(self.actor)  # the final policy (section 7)
         for network, rate in (self.actor, settings.actor_lr), (self.critic, settings.critic_lr):
-            network.compile(keras.optimizers.Adam(rate))  # only gives the network its optimizer
+            network.optimizer = keras.optimizers.Adam(rate)
             network.optimizer.build(network.variables)  # so that restore finds variables to fill
 
         low, high = actions.low.astype(float), actions.high.astype(float)
@@ -172,7 +172,7 @@ class Agent:
         """L = 1/N sum (y - Q(s, a))^2 with y = r + gamma (1 - d) Q'(s', mu'(s')) (section 5).
 
         s, s_next: (N, state_size); a: (N, action_size); r, d: (N, 1), as (N,) would make it (N, N).
-        Errors beyond `huber` times their mean size count along a line: they drown no small ones.
+        Errors beyond `huber` times their mean size count along a line, not to drown the small ones.
         """
         q_next = self.target_critic(tf.concat([s_next, self.target_actor(s_next)], axis=1))
         y = r + self.settings.gamma * (1 - d) * q_next
@@ -184,7 +184,7 @@ class Agent:
     def actor_loss(self, s):
         """J + toll with J = -1/N sum Q(s, mu(s)), s: (N, state_size) (section 6)."""
         x = self.before_tanh(s)
-        toll = tf.reduce_mean(tf.nn.relu(tf.abs(x) - 5) ** 2)  # beyond 5, tanh passes no gradient
+        toll = tf.reduce_mean(tf.nn.relu(tf.abs(x) - 5) ** 2)  # there tanh has hardly any slope
         return toll - tf.reduce_mean(self.critic(tf.concat([s, tf.tanh(x)], axis=1)))
 
     @tf.function(jit_compile=True)  # one call a block, as a call costs more than a step (section 9)
@@ -213,9 +213,9 @@ class Agent:
 
     def restore(self, saved):
         """Become the agent that was saved. ValueError if its environment had other sizes."""
+        self.buffer.rows[:len(saved["rows"])] = saved["rows"]  # first: its error is a short one
         for i, variable in enumerate(self.variables):
             variable.assign(saved[f"arr_{i}"])  # numpy.savez calls arrays without a name arr_0, ...
-        self.buffer.rows[:len(saved["rows"])] = saved["rows"]
         self.buffer.added, self.history = saved["added"], saved["history"]
         self.rng.bit_generator.state = saved["rng"]
 
@@ -318,7 +318,7 @@ def plot(history, pairs):
 
 def run(agent, env, out):
     """Train to the end or to Ctrl-C, leave results in the folder `out`, return the exit status."""
-    path, pairs = Path(out) / "checkpoint.npz", []
+    path, history, pairs = Path(out) / "checkpoint.npz", agent.history, []
     agent.save(path)  # a good state to return to, should the very first episodes diverge
     first_step, began, saved_at = agent.buffer.added, time.perf_counter(), time.perf_counter()
     # a first Ctrl-C only puts the old handler back: the loop notices that, a second acts at once
@@ -343,16 +343,16 @@ def run(agent, env, out):
         return 130
     except FloatingPointError as error:
         print(f"\nddpg.py: episode {len(agent.history) + 1} diverged: {error}", file=sys.stderr)
-        agent.restore(read_checkpoint(path))
+        agent.restore(read_checkpoint(path))  # all but `history`, which shows what happened
         return 1
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # saving takes a moment: let it finish
         try:
             agent.save(path)
-            rows = [f"{i},{step},{total}\n" for i, (step, total) in enumerate(agent.history, 1)]
+            rows = [f"{i},{step},{total}\n" for i, (step, total) in enumerate(history, 1)]
             path.with_name("returns.csv").write_text("episode,steps,return\n" + "".join(rows))
             agent.policy.save(path.with_name("actor.keras"))
-            plot(agent.history, sum(pairs, [])).savefig(path.with_name("returns.png"))
+            plot(history, sum(pairs, [])).savefig(path.with_name("returns.png"))
         finally:
             signal.signal(signal.SIGINT, before)
 
@@ -401,14 +401,14 @@ def main(arguments=None):
                 parser.error(f"{flag(name)} {value} contradicts the run's {kept[name]}: omit it")
         about = about if reuse else ""
         chosen = settings(**(kept | given))
-        if chosen.batch_size * max(chosen.hidden, default=0) < 8192:  # for two threads: too little
+        if chosen.batch_size * max(chosen.hidden, default=0) < 8192:  # too little for two threads
             tf.config.threading.set_intra_op_parallelism_threads(1)
 
         about = f"cannot use --env {chosen.env} (choose another, or install what it needs): "
         env = gym.make(chosen.env, **({"render_mode": show} if show else {}))
         env.reset(seed=chosen.seed)  # an environment that cannot start replaces no finished run
         agent = Agent(env, chosen)
-        about = f"cannot use the run in {out}: "
+        about = f"cannot use the run in {out} with --env {chosen.env}: "
         if reuse:
             agent.restore(saved)
         if show:

@@ -552,6 +552,7 @@ def test_divergence_is_named_and_leaves_the_last_good_checkpoint(tmp_path, capfd
     assert "episode 3" in capfd.readouterr().err
     saved = ddpg.read_checkpoint(tmp_path / "checkpoint.npz")
     assert saved["added"] == len(saved["rows"]) == 0 and saved["history"] == []
+    assert len((tmp_path / "returns.csv").read_text().splitlines()) == 3, "the episodes before are not shown"
     assert same(numbers(agent.variables), [saved[f"arr_{i}"] for i in range(len(agent.variables))])
 
 
