@@ -507,6 +507,13 @@ def test_a_checkpoint_of_another_version_is_refused_with_its_name(tmp_path, capf
     assert "colour" in err and str(tmp_path) in err and err.count("\n") == 1
 
 
+def test_a_checkpoint_from_an_environment_of_other_sizes_is_refused_in_few_words(tmp_path, capfd):
+    small(Line(size=100), env="Line-v0").save(tmp_path / "checkpoint.npz")
+    refused("--resume", "--out", tmp_path)
+    err = capfd.readouterr().err
+    assert "Line-v0" in err and str(tmp_path) in err and err.count("\n") == 1 and len(err) < 400
+
+
 def test_runs_are_finished_resumed_replaced_or_refused_as_they_should(tmp_path, monkeypatch, capfd):
     run = ["--env", "Line-v0", "--out", str(tmp_path), "--batch-size", "4", "--warmup", "20", "--hidden", "4", "--updates", "0"]
     small(episodes=3, env="Line-v0", updates=0).save(tmp_path / "checkpoint.npz")
