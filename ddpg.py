@@ -359,13 +359,12 @@ def run(agent, env, out):
 
 def watch(agent, env, gif):
     """Play without noise and print the returns: ten episodes in a window, or one into `gif`."""
-    os.environ.setdefault("SDL_FRAMEBUFFER_ACCELERATION", "0")  # OpenGL crashes beside TensorFlow
     for total, _ in evaluate(agent, env):
         print(f"return {total:.5g}")
         if gif:
             frames = (keras.utils.array_to_img(frame, scale=False) for frame in env.render())
             next(frames).save(gif, save_all=True, append_images=frames, loop=0,
-                              duration=max(20, 1000 / env.metadata.get("render_fps", 30)))
+                              duration=max(20, 1000 / (env.metadata.get("render_fps") or 30)))
             print(f"written to {gif}")
             break
     env.close()
@@ -405,6 +404,7 @@ def main(arguments=None):
             tf.config.threading.set_intra_op_parallelism_threads(1)
 
         about = f"cannot use --env {chosen.env} (choose another, or install what it needs): "
+        os.environ.setdefault("SDL_FRAMEBUFFER_ACCELERATION", "0")  # OpenGL crashes beside TF
         env = gym.make(chosen.env, **({"render_mode": show} if show else {}))
         env.reset(seed=chosen.seed)  # an environment that cannot start replaces no finished run
         agent = Agent(env, chosen)

@@ -765,17 +765,20 @@ def test_a_gif_needs_no_display(fps, duration, tmp_path, monkeypatch, capfd):
     assert re.findall("return .*", capfd.readouterr().out) == [f"return {total:.5g}"]
 
 
-def test_a_policy_is_watched_in_a_window(tmp_path, monkeypatch, capfd):
+def test_a_policy_is_watched_in_a_window(tmp_path, monkeypatch):
+    """In a process of its own, with a window that nobody sees but that uses OpenGL, as real ones do, if allowed."""
     env = gym.make("Pendulum-v1")
     agent = ddpg.Agent(env, ddpg.settings())
     agent.save(tmp_path / "checkpoint.npz")
     monkeypatch.setenv("DISPLAY", ":0")
-    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")  # a window that nobody sees
-    monkeypatch.setitem(env.unwrapped.metadata, "render_fps", 0)  # as fast as it can be drawn
-    monkeypatch.setattr(ddpg, "EVALUATION_SEEDS", [3, 4])
-    assert ddpg.main(["--watch", "--out", str(tmp_path)]) == 0
+    monkeypatch.setenv("SDL_VIDEODRIVER", "offscreen")
+    monkeypatch.delenv("SDL_FRAMEBUFFER_ACCELERATION", raising=False)
+    code = ("import sys, ddpg; ddpg.EVALUATION_SEEDS = [3, 4]; "
+            "ddpg.gym.make('Pendulum-v1').unwrapped.metadata['render_fps'] = 0; "  # as fast as it can be drawn
+            "sys.exit(ddpg.main(sys.argv[1:]))")
+    out, _ = finish(start(code, "--watch", "--out", tmp_path))
     totals = [sum(t[2] for t in ddpg.play(average(agent), env, seed)) for seed in (3, 4)]
-    assert capfd.readouterr().out == "".join(f"return {total:.5g}\n" for total in totals)
+    assert out == "".join(f"return {total:.5g}\n" for total in totals)
 
 
 def test_ctrl_c_ends_watching_without_a_traceback(tmp_path, monkeypatch):
