@@ -90,7 +90,7 @@ def ann(input_size, layer_sizes, output_activation):
         keras.Input((input_size,)),
         *[keras.layers.Dense(size, "relu") for size in hidden],
         keras.layers.Dense(last, kernel_initializer=near_0),
-        keras.layers.Activation(output_activation)])  # apart: see before_tanh
+        keras.layers.Activation(output_activation)])  # apart, as actor_loss needs the rest alone
 
 
 class ReplayBuffer:
