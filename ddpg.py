@@ -50,16 +50,13 @@ SETTINGS = {  # name: default, least, most, meaning
     "critic_lr": (2e-3, 0, 1, "learning rate of the critic"),
     "gamma": (0.995, 0, 1, "discount per step"),
     "tau": (0.98, 0, 1, "share of itself that a target keeps; the paper's tau is 1 - this"),
-    "average": (0.998, 0, 1, "share that the average actor, the final policy, keeps of itself"),
-    "huber": (0.5, 1e-9, 1e9, "mean errors beyond which an error counts along a line"),
-    "q_scale": (10.0, 1e-9, 1e9, "factor on the critic's output"),
     "noise": (0.3, 0, 10, "sigma of the exploration noise; 1 is half an action's range"),
     "noise_theta": (1.0, 0, 1, "1: white noise; 0.15: Ornstein-Uhlenbeck, the paper's"),
-    "batch_size": (192, 1, 10**6, "transitions in a batch, N"),
+    "batch_size": (96, 1, 10**6, "transitions in a batch, N"),
     "buffer_size": (100_000, 1, 10**8, "transitions remembered"),
     "warmup": (200, 1, 10**9, "environment steps before training, with random actions"),
     "train_every": (50, 1, 10**6, "environment steps in a block; the paper's is 1"),
-    "updates": (1.0, 0, 1000, "gradient steps per environment step"),
+    "updates": (2.0, 0, 1000, "gradient steps per environment step; the paper's is 1"),
 }
 EVALUATION_SEEDS = range(1_000_000, 1_000_010)  # the same ten starts for every run
 SAVE_EVERY = 20  # seconds between checkpoints
@@ -151,9 +148,7 @@ class Agent:
 
         keras.utils.set_random_seed(settings.seed)  # for the first weights
         self.actor = ann(state_size, [*settings.hidden, action_size], "tanh")
-        self.critic = keras.Sequential([
-            ann(state_size + action_size, [*settings.hidden, 1], "linear"),
-            keras.layers.Rescaling(settings.q_scale)])
+        self.critic = ann(state_size + action_size, [*settings.hidden, 1], "linear")
         self.before_tanh = keras.Sequential(self.actor.layers[:-1])  # shared layers, no tanh
         self.target_actor, self.target_critic = copy.deepcopy((self.actor, self.critic))
         self.average_actor = copy.deepcopy(self.actor)  # the final policy (section 7)
@@ -172,14 +167,10 @@ class Agent:
         """L = 1/N sum (y - Q(s, a))^2 with y = r + gamma (1 - d) Q'(s', mu'(s')) (section 5).
 
         s, s_next: (N, state_size); a: (N, action_size); r, d: (N, 1), as (N,) would make it (N, N).
-        Errors beyond `huber` times their mean size count along a line, not to drown the small ones.
         """
         q_next = self.target_critic(tf.concat([s_next, self.target_actor(s_next)], axis=1))
         y = r + self.settings.gamma * (1 - d) * q_next
-        error = y - self.critic(tf.concat([s, a], axis=1))
-        limit = self.settings.huber * tf.stop_gradient(tf.reduce_mean(tf.abs(error)))
-        cut = tf.clip_by_value(error, -limit, limit)
-        return tf.reduce_mean(cut * (2 * error - cut))
+        return tf.reduce_mean((y - self.critic(tf.concat([s, a], axis=1))) ** 2)
 
     def actor_loss(self, s):
         """J + toll with J = -1/N sum Q(s, mu(s)), s: (N, state_size) (section 6)."""
@@ -197,7 +188,8 @@ class Agent:
             total += descend(self.actor, self.actor_loss, s)
             soft_update(self.target_actor, self.actor, self.settings.tau)
             soft_update(self.target_critic, self.critic, self.settings.tau)
-            soft_update(self.average_actor, self.actor, self.settings.average)
+            t = tf.cast(self.actor.optimizer.iterations, tf.float32)  # gradient steps so far
+            soft_update(self.average_actor, self.actor, t / (t + 10))  # over their last tenth or so
         weights = self.actor.variables + self.critic.variables
         return tf.math.is_finite(tf.add_n([total, *map(tf.reduce_sum, weights)]))
 
