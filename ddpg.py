@@ -11,6 +11,7 @@ pieces of Algorithm 1 of Lillicrap et al. 2015 (arXiv:1509.02971), and README.md
     critic's loss (y - Q(s, a))^2               Agent.critic_loss    section 5
     actor's loss -Q(s, mu(s))                   Agent.actor_loss     section 6
     theta' <- tau theta' + (1 - tau) theta      soft_update          section 7
+    the average of actors, the final policy     Agent.train_block    section 7
     for each episode, for each step             train                section 8
     the steps of a block in one call            Agent.train_block    section 9
     mu in NumPy, to act                         mu                   section 9
@@ -264,8 +265,7 @@ def train(agent, env):
             if step >= settings.warmup and step % block == 0:
                 # gradient steps due by now, less those due a block ago: `updates` may be a fraction
                 k = int(settings.updates * step) - int(settings.updates * (step - block))
-                finite = k == 0 or agent.train_block(buffer.sample(rng, k, settings.batch_size))
-                if not finite:
+                if k and not agent.train_block(buffer.sample(rng, k, settings.batch_size)):
                     raise FloatingPointError("a loss or a weight is no longer finite: check the "
                                              "rewards, try lower learning rates in a new --out")
                 weights = agent.actor.get_weights()
@@ -274,7 +274,7 @@ def train(agent, env):
 
 
 def evaluate(agent, env):
-    """Ten episodes of the final policy; yields for each its return and rows Q(s, mu(s)), truth.
+    """Ten episodes of the final policy mu; yields for each its return and pairs Q(s, mu(s)), truth.
 
     The truth is the discounted return that followed. Where an episode is cut off, Q of its last
     state stands for the rest; states where it would weigh half or more are left out (section 10).
@@ -335,7 +335,7 @@ def run(agent, env, out):
         return 130
     except FloatingPointError as error:
         print(f"\nddpg.py: episode {len(agent.history) + 1} diverged: {error}", file=sys.stderr)
-        agent.restore(read_checkpoint(path))  # all but `history`, which shows what happened
+        agent.restore(read_checkpoint(path))  # the local `history` stays, to show what happened
         return 1
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # saving takes a moment: let it finish
