@@ -68,7 +68,7 @@ def flag(name):
 
 
 def settings(**changes):
-    """The default settings with `changes`, as a namespace. ValueError if one is out of range."""
+    """The defaults with `changes`, a namespace. ValueError if out of range, KeyError if unknown."""
     for name, value in changes.items():
         _, least, most, _ = SETTINGS[name]
         if name != "env" and not all(least <= number <= most for number in np.ravel(value)):
@@ -155,7 +155,7 @@ class Agent:
         self.average_actor = copy.deepcopy(self.actor)  # the final policy (section 7)
         for network, rate in (self.actor, settings.actor_lr), (self.critic, settings.critic_lr):
             network.optimizer = keras.optimizers.Adam(rate)
-            network.optimizer.build(network.variables)  # so that restore finds variables to fill
+            network.optimizer.build(network.variables)  # restore fills its variables, apply needs them
 
         low, high = actions.low.astype(float), actions.high.astype(float)
         self.policy = keras.Sequential([
