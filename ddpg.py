@@ -155,7 +155,7 @@ class Agent:
         self.average_actor = copy.deepcopy(self.actor)  # the final policy (section 7)
         for network, rate in (self.actor, settings.actor_lr), (self.critic, settings.critic_lr):
             network.optimizer = keras.optimizers.Adam(rate)
-            network.optimizer.build(network.variables)  # restore fills its variables, apply needs them
+            network.optimizer.build(network.variables)  # for apply, and for restore to fill
 
         low, high = actions.low.astype(float), actions.high.astype(float)
         self.policy = keras.Sequential([
