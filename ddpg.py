@@ -5,17 +5,13 @@ The critic learns from replayed transitions, the actor climbs the critic's slope
 both, the targets mu' and Q', keep the critic from chasing its own estimates. Where to find the
 pieces of Algorithm 1 of Lillicrap et al. 2015 (arXiv:1509.02971), and README.md's section on each:
 
-    networks mu and Q                           ann, Agent           section 2
-    exploration a = mu(s) + n                   train                section 3
+    networks mu and Q, targets mu' and Q'       ann, Agent           section 2
     memory of transitions (s, a, r, s', d)      ReplayBuffer         section 4
+    theta' <- tau theta' + (1 - tau) theta      soft_update          section 7
     critic's loss (y - Q(s, a))^2               Agent.critic_loss    section 5
     actor's loss -Q(s, mu(s))                   Agent.actor_loss     section 6
-    theta' <- tau theta' + (1 - tau) theta      soft_update          section 7
-    the average of actors, the final policy     Agent.train_block    section 7
-    for each episode, for each step             train                section 8
-    the steps of a block in one call            Agent.train_block    section 9
-    mu in NumPy, to act                         mu                   section 9
-    what Q promised against what followed       evaluate             section 10
+    gradient steps, a block of them in a call   Agent.train_block    section 9
+    episodes of steps a = mu(s) + n             play, train          sections 3, 8
 
 `python ddpg.py` teaches a pendulum to stand up; `python ddpg.py --help` lists every setting.
 """
@@ -53,11 +49,11 @@ SETTINGS = {  # name: default, least, most, meaning
     "tau": (0.98, 0, 1, "share of itself that a target keeps; the paper's tau is 1 - this"),
     "noise": (0.3, 0, 10, "sigma of the exploration noise; 1 is half an action's range"),
     "noise_theta": (1.0, 0, 1, "1: white noise; 0.15: Ornstein-Uhlenbeck, the paper's"),
-    "batch_size": (96, 1, 10**6, "transitions in a batch, N"),
+    "batch_size": (128, 1, 10**6, "transitions in a batch, N"),
     "buffer_size": (100_000, 1, 10**8, "transitions remembered"),
     "warmup": (200, 1, 10**9, "environment steps before training, with random actions"),
     "train_every": (50, 1, 10**6, "environment steps in a block; the paper's is 1"),
-    "updates": (2.0, 0, 1000, "gradient steps per environment step; the paper's is 1"),
+    "updates": (1.0, 0, 1000, "gradient steps per environment step"),
 }
 EVALUATION_SEEDS = range(1_000_000, 1_000_010)  # the same ten starts for every run
 SAVE_EVERY = 20  # seconds between checkpoints
@@ -83,11 +79,14 @@ def settings(**changes):
 def ann(input_size, layer_sizes, output_activation):
     """A network (N, input_size) -> (N, layer_sizes[-1]), its hidden layers relu (section 2)."""
     *hidden, last = layer_sizes
-    near_0 = keras.initializers.RandomUniform(-3e-3, 3e-3)  # for the last layer, as in the paper
+    # an actor starts near 0, where tanh has a slope; if a critic did, its first low values would
+    # push all of its last weights below 0, and so make it flat where it is highest (section 2)
+    limit = 3e-3 if output_activation == "tanh" else 1.0
+    last_weights = keras.initializers.RandomUniform(-limit, limit)
     return keras.Sequential([
         keras.Input((input_size,)),
         *[keras.layers.Dense(size, "relu") for size in hidden],
-        keras.layers.Dense(last, kernel_initializer=near_0),
+        keras.layers.Dense(last, kernel_initializer=last_weights),
         keras.layers.Activation(output_activation)])  # apart, as actor_loss needs the rest alone
 
 
@@ -146,7 +145,6 @@ class Agent:
         (state_size,), (action_size,) = states.shape, actions.shape
         self.settings, self.rng = settings, np.random.default_rng(settings.seed)
         self.buffer, self.history = ReplayBuffer(settings.buffer_size, state_size, action_size), []
-
         keras.utils.set_random_seed(settings.seed)  # for the first weights
         self.actor = ann(state_size, [*settings.hidden, action_size], "tanh")
         self.critic = ann(state_size + action_size, [*settings.hidden, 1], "linear")
@@ -156,7 +154,6 @@ class Agent:
         for network, rate in (self.actor, settings.actor_lr), (self.critic, settings.critic_lr):
             network.optimizer = keras.optimizers.Adam(rate)
             network.optimizer.build(network.variables)  # for apply, and for restore to fill
-
         low, high = actions.low.astype(float), actions.high.astype(float)
         self.policy = keras.Sequential([
             self.average_actor, keras.layers.Rescaling((high - low) / 2, (high + low) / 2)])
@@ -190,7 +187,7 @@ class Agent:
             soft_update(self.target_actor, self.actor, self.settings.tau)
             soft_update(self.target_critic, self.critic, self.settings.tau)
             t = tf.cast(self.actor.optimizer.iterations, tf.float32)  # gradient steps so far
-            soft_update(self.average_actor, self.actor, t / (t + 10))  # over their last tenth or so
+            soft_update(self.average_actor, self.actor, t / (t + 4))  # over the last quarter or so
         weights = self.actor.variables + self.critic.variables
         return tf.math.is_finite(tf.add_n([total, *map(tf.reduce_sum, weights)]))
 
@@ -248,7 +245,7 @@ def train(agent, env):
     There a run can be saved or stopped, as nothing is under way. FloatingPointError if it diverges.
     """
     settings, buffer, rng = agent.settings, agent.buffer, agent.rng
-    weights = agent.actor.get_weights()
+    block, weights = settings.train_every, agent.actor.get_weights()
     while len(agent.history) < settings.episodes:
         n, total = np.zeros(env.action_space.shape), 0.0
 
@@ -260,8 +257,7 @@ def train(agent, env):
 
         for s, a, r, s_next, d in play(explore, env, seed=int(rng.integers(2**31))):
             buffer.add(s, a, r, s_next, d)
-            total += r
-            step, block = buffer.added, settings.train_every
+            step, total = buffer.added, total + r
             if step >= settings.warmup and step % block == 0:
                 # gradient steps due by now, less those due a block ago: `updates` may be a fraction
                 k = int(settings.updates * step) - int(settings.updates * (step - block))
@@ -317,11 +313,10 @@ def run(agent, env, out):
     before = signal.signal(signal.SIGINT, lambda *_: signal.signal(signal.SIGINT, before))
     try:
         for total in train(agent, env):
-            now = time.perf_counter()
-            print(f"\repisode {len(agent.history)}/{agent.settings.episodes}, return {total:.5g}, "
-                  f"mean of last 10 {np.mean(agent.history[-10:], axis=0)[1]:.5g}, "
-                  f"{(agent.buffer.added - first_step) / (now - began):.0f} steps/s".ljust(80),
-                  end="", flush=True)
+            now, mean = time.perf_counter(), np.mean(history[-10:], axis=0)[1]
+            speed = (agent.buffer.added - first_step) / (now - began)
+            print(f"\repisode {len(history)}/{agent.settings.episodes}, return {total:.5g}, "
+                  f"mean of last 10 {mean:.5g}, {speed:.0f} steps/s", end="     ", flush=True)
             if signal.getsignal(signal.SIGINT) == before:
                 raise KeyboardInterrupt  # the first Ctrl-C was pressed
             if now > saved_at + SAVE_EVERY:
@@ -334,7 +329,7 @@ def run(agent, env, out):
         print(f'\ninterrupted: python ddpg.py --resume --out "{out}" goes on from here')
         return 130
     except FloatingPointError as error:
-        print(f"\nddpg.py: episode {len(agent.history) + 1} diverged: {error}", file=sys.stderr)
+        print(f"\nddpg.py: episode {len(history) + 1} diverged: {error}", file=sys.stderr)
         agent.restore(read_checkpoint(path))  # the local `history` stays, to show what happened
         return 1
     finally:
