@@ -47,7 +47,7 @@ SETTINGS = {  # name: default, least, most, meaning
     "critic_lr": (2e-3, 0, 1, "learning rate of the critic"),
     "gamma": (0.995, 0, 1, "discount per step"),
     "tau": (0.98, 0, 1, "share of itself that a target keeps; the paper's tau is 1 - this"),
-    "noise": (0.3, 0, 10, "sigma of the exploration noise; 1 is half an action's range"),
+    "noise": (0.25, 0, 10, "sigma of the exploration noise; 1 is half an action's range"),
     "noise_theta": (1.0, 0, 1, "1: white noise; 0.15: Ornstein-Uhlenbeck, the paper's"),
     "batch_size": (128, 1, 10**6, "transitions in a batch, N"),
     "buffer_size": (100_000, 1, 10**8, "transitions remembered"),
