@@ -47,13 +47,13 @@ SETTINGS = {  # name: default, least, most, meaning
     "critic_lr": (2e-3, 0, 1, "learning rate of the critic"),
     "gamma": (0.995, 0, 1, "discount per step"),
     "tau": (0.98, 0, 1, "share of itself that a target keeps; the paper's tau is 1 - this"),
-    "noise": (0.25, 0, 10, "sigma of the exploration noise; 1 is half an action's range"),
+    "noise": (0.3, 0, 10, "sigma of the exploration noise; 1 is half an action's range"),
     "noise_theta": (1.0, 0, 1, "1: white noise; 0.15: Ornstein-Uhlenbeck, the paper's"),
-    "batch_size": (128, 1, 10**6, "transitions in a batch, N"),
+    "batch_size": (96, 1, 10**6, "transitions in a batch, N"),
     "buffer_size": (100_000, 1, 10**8, "transitions remembered"),
     "warmup": (200, 1, 10**9, "environment steps before training, with random actions"),
     "train_every": (50, 1, 10**6, "environment steps in a block; the paper's is 1"),
-    "updates": (1.0, 0, 1000, "gradient steps per environment step"),
+    "updates": (2.0, 0, 1000, "gradient steps per environment step; the paper's is 1"),
 }
 EVALUATION_SEEDS = range(1_000_000, 1_000_010)  # the same ten starts for every run
 SAVE_EVERY = 20  # seconds between checkpoints
@@ -79,14 +79,11 @@ def settings(**changes):
 def ann(input_size, layer_sizes, output_activation):
     """A network (N, input_size) -> (N, layer_sizes[-1]), its hidden layers relu (section 2)."""
     *hidden, last = layer_sizes
-    # an actor starts near 0, where tanh has a slope; if a critic did, its first low values would
-    # push all of its last weights below 0, and so make it flat where it is highest (section 2)
-    limit = 3e-3 if output_activation == "tanh" else 1.0
-    last_weights = keras.initializers.RandomUniform(-limit, limit)
+    near_0 = keras.initializers.RandomUniform(-3e-3, 3e-3)  # for the last layer, as in the paper
     return keras.Sequential([
         keras.Input((input_size,)),
         *[keras.layers.Dense(size, "relu") for size in hidden],
-        keras.layers.Dense(last, kernel_initializer=last_weights),
+        keras.layers.Dense(last, kernel_initializer=near_0),
         keras.layers.Activation(output_activation)])  # apart, as actor_loss needs the rest alone
 
 
@@ -387,7 +384,7 @@ def main(arguments=None):
                 parser.error(f"{flag(name)} {value} contradicts the run's {kept[name]}: omit it")
         about = about if reuse else ""
         chosen = settings(**(kept | given))
-        if chosen.batch_size * max(chosen.hidden, default=0) < 8192:  # too little for two threads
+        if chosen.batch_size * max(chosen.hidden, default=0) <= 64 * 64:  # too little for two threads
             tf.config.threading.set_intra_op_parallelism_threads(1)
 
         about = f"cannot use --env {chosen.env} (choose another, or install what it needs): "
