@@ -384,7 +384,7 @@ def main(arguments=None):
                 parser.error(f"{flag(name)} {value} contradicts the run's {kept[name]}: omit it")
         about = about if reuse else ""
         chosen = settings(**(kept | given))
-        if chosen.batch_size * max(chosen.hidden, default=0) <= 64 * 64:  # too little for two threads
+        if chosen.batch_size * max(chosen.hidden, default=0) <= 64 * 64:  # too small for two
             tf.config.threading.set_intra_op_parallelism_threads(1)
 
         about = f"cannot use --env {chosen.env} (choose another, or install what it needs): "
