@@ -49,11 +49,11 @@ SETTINGS = {  # name: default, least, most, meaning
     "tau": (0.98, 0, 1, "share of itself that a target keeps; the paper's tau is 1 - this"),
     "noise": (0.3, 0, 10, "sigma of the exploration noise; 1 is half an action's range"),
     "noise_theta": (1.0, 0, 1, "1: white noise; 0.15: Ornstein-Uhlenbeck, the paper's"),
-    "batch_size": (96, 1, 10**6, "transitions in a batch, N"),
+    "batch_size": (128, 1, 10**6, "transitions in a batch, N"),
     "buffer_size": (100_000, 1, 10**8, "transitions remembered"),
     "warmup": (200, 1, 10**9, "environment steps before training, with random actions"),
     "train_every": (50, 1, 10**6, "environment steps in a block; the paper's is 1"),
-    "updates": (2.0, 0, 1000, "gradient steps per environment step; the paper's is 1"),
+    "updates": (1.0, 0, 1000, "gradient steps per environment step"),
 }
 EVALUATION_SEEDS = range(1_000_000, 1_000_010)  # the same ten starts for every run
 SAVE_EVERY = 20  # seconds between checkpoints
@@ -184,7 +184,7 @@ class Agent:
             soft_update(self.target_actor, self.actor, self.settings.tau)
             soft_update(self.target_critic, self.critic, self.settings.tau)
             t = tf.cast(self.actor.optimizer.iterations, tf.float32)  # gradient steps so far
-            soft_update(self.average_actor, self.actor, t / (t + 4))  # over the last quarter or so
+            soft_update(self.average_actor, self.actor, t / (t + 10))  # over their last tenth or so
         weights = self.actor.variables + self.critic.variables
         return tf.math.is_finite(tf.add_n([total, *map(tf.reduce_sum, weights)]))
 

@@ -191,7 +191,7 @@ def test_a_block_of_steps_equals_blocks_of_one():
     batches = batch_of(together, 5)
     assert together.train_block(batches)
     for i in range(5):
-        followers = [("target_actor", "actor", 0.9), ("target_critic", "critic", 0.9), ("average_actor", "actor", (i + 1) / (i + 5))]
+        followers = [("target_actor", "actor", 0.9), ("target_critic", "critic", 0.9), ("average_actor", "actor", (i + 1) / (i + 11))]
         old = {name: getattr(apart, name).get_weights() for name in ("actor", "critic", "target_actor", "target_critic", "average_actor")}
         with eagerly():
             assert apart.train_block(batches[i:i + 1])
