@@ -2,8 +2,8 @@
 
 An actor mu maps a state s to an action a; a critic Q estimates the return that follows (s, a).
 The critic learns from replayed transitions, the actor climbs the critic's slope, and slow copies of
-both, the targets mu' and Q', keep the critic from chasing its own estimates. Where to find the
-pieces of Algorithm 1 of Lillicrap et al. 2015 (arXiv:1509.02971), and README.md's section on each:
+both, the targets mu' and Q', keep the critic from chasing its own estimates. Algorithm 1 of
+Lillicrap et al. 2015 (arXiv:1509.02971), piece by piece, and README.md's section on each:
 
     networks mu and Q, targets mu' and Q'       ann, Agent           section 2
     memory of transitions (s, a, r, s', d)      ReplayBuffer         section 4
@@ -47,7 +47,7 @@ SETTINGS = {  # name: default, least, most, meaning
     "critic_lr": (2e-3, 0, 1, "learning rate of the critic"),
     "gamma": (0.995, 0, 1, "discount per step"),
     "tau": (0.98, 0, 1, "share of itself that a target keeps; the paper's tau is 1 - this"),
-    "noise": (0.3, 0, 10, "sigma of the exploration noise; 1 is half an action's range"),
+    "noise": (0.25, 0, 10, "sigma of the exploration noise; 1 is half an action's range"),
     "noise_theta": (1.0, 0, 1, "1: white noise; 0.15: Ornstein-Uhlenbeck, the paper's"),
     "batch_size": (128, 1, 10**6, "transitions in a batch, N"),
     "buffer_size": (100_000, 1, 10**8, "transitions remembered"),
@@ -79,22 +79,24 @@ def settings(**changes):
 def ann(input_size, layer_sizes, output_activation):
     """A network (N, input_size) -> (N, layer_sizes[-1]), its hidden layers relu (section 2)."""
     *hidden, last = layer_sizes
-    near_0 = keras.initializers.RandomUniform(-3e-3, 3e-3)  # for the last layer, as in the paper
+    # an actor starts near 0, where tanh has a slope; if a critic did, its first low values would
+    # push all of its last weights below 0, and so make it flat where it is highest (section 2)
+    limit = 3e-3 if output_activation == "tanh" else 1.0
+    last_weights = keras.initializers.RandomUniform(-limit, limit)
     return keras.Sequential([
-        keras.Input((input_size,)),
-        *[keras.layers.Dense(size, "relu") for size in hidden],
-        keras.layers.Dense(last, kernel_initializer=near_0),
-        keras.layers.Activation(output_activation)])  # apart, as actor_loss needs the rest alone
+        keras.Input((input_size,)), *[keras.layers.Dense(size, "relu") for size in hidden],
+        keras.layers.Dense(last, kernel_initializer=last_weights),
+        keras.layers.Activation(output_activation)])  # apart: actor_loss needs what goes into tanh
 
 
 class ReplayBuffer:
-    """The last `capacity` transitions, one float32 row each: s, a, r, s', d (section 4).
+    """The last `capacity` transitions, a float32 row each: s, a, r, s', d (section 4).
 
     d is 1 where the episode terminated in s', 0 where it went on or was cut off by a time limit.
     """
 
     def __init__(self, capacity, state_size, action_size):
-        self.columns = [state_size, action_size, 1, state_size, 1]
+        self.columns = [state_size, action_size, 1, state_size, 1]  # widths of s, a, r, s', d
         self.rows = np.zeros((capacity, sum(self.columns)), np.float32)
         self.added = 0  # since the beginning, so this also counts the environment's steps
 
@@ -150,7 +152,7 @@ class Agent:
         self.average_actor = copy.deepcopy(self.actor)  # the final policy (section 7)
         for network, rate in (self.actor, settings.actor_lr), (self.critic, settings.critic_lr):
             network.optimizer = keras.optimizers.Adam(rate)
-            network.optimizer.build(network.variables)  # for apply, and for restore to fill
+            network.optimizer.build(network.variables)  # now, for train_block and for restore
         low, high = actions.low.astype(float), actions.high.astype(float)
         self.policy = keras.Sequential([
             self.average_actor, keras.layers.Rescaling((high - low) / 2, (high + low) / 2)])
@@ -184,14 +186,14 @@ class Agent:
             soft_update(self.target_actor, self.actor, self.settings.tau)
             soft_update(self.target_critic, self.critic, self.settings.tau)
             t = tf.cast(self.actor.optimizer.iterations, tf.float32)  # gradient steps so far
-            soft_update(self.average_actor, self.actor, t / (t + 10))  # over their last tenth or so
+            soft_update(self.average_actor, self.actor, t / (t + 4))  # over the last quarter or so
         weights = self.actor.variables + self.critic.variables
         return tf.math.is_finite(tf.add_n([total, *map(tf.reduce_sum, weights)]))
 
     def save(self, path):
         """Write to `path` all that further training needs: whole or not at all, without pickle."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part.npz")  # a name that numpy.savez leaves as it is
+        part = path.with_suffix(".part.npz")  # savez appends .npz to any other name
         rest = {"settings": vars(self.settings), "rng": self.rng.bit_generator.state,
                 "added": self.buffer.added, "history": self.history}
         np.savez(part, *[variable.numpy() for variable in self.variables],
@@ -200,7 +202,7 @@ class Agent:
 
     def restore(self, saved):
         """Become the agent that was saved. ValueError if its environment had other sizes."""
-        self.buffer.rows[:len(saved["rows"])] = saved["rows"]  # first: its error is a short one
+        self.buffer.rows[:len(saved["rows"])] = saved["rows"]  # first: a short error
         for i, variable in enumerate(self.variables):
             variable.assign(saved[f"arr_{i}"])  # numpy.savez calls arrays without a name arr_0, ...
         self.buffer.added, self.history = saved["added"], saved["history"]
@@ -237,9 +239,9 @@ def play(act, env, seed):
 
 
 def train(agent, env):
-    """Algorithm 1 (section 8), as a generator: at each episode's end it yields the return.
+    """Algorithm 1 (section 8): yields the return at each episode's end, where a run can be saved.
 
-    There a run can be saved or stopped, as nothing is under way. FloatingPointError if it diverges.
+    Raises FloatingPointError if training diverges.
     """
     settings, buffer, rng = agent.settings, agent.buffer, agent.rng
     block, weights = settings.train_every, agent.actor.get_weights()
@@ -277,7 +279,7 @@ def evaluate(agent, env):
         states, _, rewards, next_states, d = zip(*play(lambda s: mu(weights, s), env, seed))
         states = tf.stack([*states, next_states[-1]])
         q = agent.critic(tf.concat([states, agent.average_actor(states)], axis=1)).numpy()[:, 0]
-        truth, pairs = 0.0 if d[-1] else q[-1], []  # first, what follows the last s'
+        truth, pairs = (0.0 if d[-1] else q[-1]), []  # first, what follows the last s'
         for k, reward in enumerate(rewards[::-1], 1):  # backwards, from k steps before the end
             truth = reward + gamma * truth
             if d[-1] or gamma**k < 0.5:
@@ -319,6 +321,8 @@ def run(agent, env, out):
             if now > saved_at + SAVE_EVERY:
                 agent.save(path)
                 saved_at = now
+        agent.save(path)  # whatever happens while it is evaluated
+        signal.signal(signal.SIGINT, before)  # as there is no episode left to finish
         returns, pairs = zip(*evaluate(agent, env))
         print(f"\nmean return of ten fresh episodes without noise: {np.mean(returns):.5g}")
         return 0
@@ -384,7 +388,7 @@ def main(arguments=None):
                 parser.error(f"{flag(name)} {value} contradicts the run's {kept[name]}: omit it")
         about = about if reuse else ""
         chosen = settings(**(kept | given))
-        if chosen.batch_size * max(chosen.hidden, default=0) <= 64 * 64:  # too small for two
+        if chosen.batch_size * max(chosen.hidden, default=0) <= 64 * 64:  # too small to share
             tf.config.threading.set_intra_op_parallelism_threads(1)
 
         about = f"cannot use --env {chosen.env} (choose another, or install what it needs): "
