@@ -343,7 +343,7 @@ def test_another_seed_gives_another_run():
 @pytest.mark.parametrize("seed", [0, 1])
 def test_it_finds_the_linear_quadratic_optimum(seed):
     """Riccati: no policy beats -P_5 x0^2, P_0 = 0, P_k+1 = 1 + 0.64 P_k - (0.4 P_k)^2 / (0.1 + 0.25 P_k).
-    Seeds 0, 1 and 100 to 103 ended 0.1 to 2.6 % below that."""
+    Seeds 0, 1 and 100 to 103 ended 0.1 to 0.3 % below that."""
     p = 0.0
     for _ in range(5):
         p = 1 + 0.64 * p - (0.4 * p) ** 2 / (0.1 + 0.25 * p)
@@ -352,12 +352,12 @@ def test_it_finds_the_linear_quadratic_optimum(seed):
     list(ddpg.train(agent, env))
     returns, _ = zip(*ddpg.evaluate(agent, env))
     optimum = np.array([-p * env.reset(seed=seed)[0][0] ** 2 for seed in ddpg.EVALUATION_SEEDS])
-    assert np.all(np.array(returns) <= optimum + 1e-4) and sum(returns) > 1.05 * sum(optimum)
+    assert np.all(np.array(returns) <= optimum + 1e-4) and sum(returns) > 1.01 * sum(optimum)
 
 
 @pytest.mark.parametrize("seed", [100, 101])
 def test_pendulum_stands_up_within_20_episodes(seed):
-    """Seeds 100 to 119 gave -147.7 to -143.5; a policy that needs one swing more from each start gives -200 or less."""
+    """Seeds 100 to 119 gave -151.2 to -143.0; a policy that needs one swing more from each start gives -200 or less."""
     env = gym.make("Pendulum-v1")
     agent = ddpg.Agent(env, ddpg.settings(episodes=20, seed=seed))
     list(ddpg.train(agent, env))
@@ -629,6 +629,19 @@ def test_ctrl_c_finishes_the_episode_and_the_resumed_run_gives_the_same_digits(t
     assert resumed.history == agent.history
     list(ddpg.train(resumed, Line(length=10)))
     assert resumed.history == whole.history and same(numbers(resumed.variables), numbers(whole.variables))
+
+
+@pytest.mark.parametrize("error, status", [(KeyboardInterrupt, 130), (FloatingPointError, 1)])
+def test_a_finished_training_is_not_lost_while_it_is_evaluated(error, status, tmp_path, monkeypatch):
+    def evaluate(*_):
+        if error is KeyboardInterrupt:
+            signal.raise_signal(signal.SIGINT)
+        raise FloatingPointError
+        yield
+    monkeypatch.setattr(ddpg, "evaluate", evaluate)
+    agent = small(episodes=3, updates=0)
+    assert ddpg.run(agent, Line(), tmp_path) == status
+    assert len(ddpg.read_checkpoint(tmp_path / "checkpoint.npz")["history"]) == 3
 
 
 def start(code, *arguments, cwd=HERE):
