@@ -640,7 +640,11 @@ def test_a_finished_training_is_not_lost_while_it_is_evaluated(error, status, tm
         yield
     monkeypatch.setattr(ddpg, "evaluate", evaluate)
     agent = small(episodes=3, updates=0)
-    assert ddpg.run(agent, Line(), tmp_path) == status
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had it ignored
+    try:
+        assert ddpg.run(agent, Line(), tmp_path) == status
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert len(ddpg.read_checkpoint(tmp_path / "checkpoint.npz")["history"]) == 3
 
 
