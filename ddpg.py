@@ -80,7 +80,7 @@ def ann(input_size, layer_sizes, output_activation):
     """A network (N, input_size) -> (N, layer_sizes[-1]), its hidden layers relu (section 2)."""
     *hidden, last = layer_sizes
     # an actor starts near 0, where tanh has a slope; if a critic did, its first low values would
-    # push all of its last weights below 0, and so make it flat where it is highest (section 2)
+    # push nearly all its last weights below 0, and make it flat where it is highest (section 2)
     limit = 3e-3 if output_activation == "tanh" else 1.0
     last_weights = keras.initializers.RandomUniform(-limit, limit)
     return keras.Sequential([
@@ -202,7 +202,7 @@ class Agent:
 
     def restore(self, saved):
         """Become the agent that was saved. ValueError if its environment had other sizes."""
-        self.buffer.rows[:len(saved["rows"])] = saved["rows"]  # first: a short error
+        self.buffer.rows[:len(saved["rows"])] = saved["rows"]  # first: its error is a short one
         for i, variable in enumerate(self.variables):
             variable.assign(saved[f"arr_{i}"])  # numpy.savez calls arrays without a name arr_0, ...
         self.buffer.added, self.history = saved["added"], saved["history"]
@@ -314,8 +314,8 @@ def run(agent, env, out):
         for total in train(agent, env):
             now, mean = time.perf_counter(), np.mean(history[-10:], axis=0)[1]
             speed = (agent.buffer.added - first_step) / (now - began)
-            print(f"\repisode {len(history)}/{agent.settings.episodes}, return {total:.5g}, "
-                  f"mean of last 10 {mean:.5g}, {speed:.0f} steps/s", end="     ", flush=True)
+            print(f"\repisode {len(history)}/{agent.settings.episodes}, return {total:.5g}, mean "
+                  f"of last 10 {mean:.5g}, {speed:.0f} steps/s".ljust(80), end="", flush=True)
             if signal.getsignal(signal.SIGINT) == before:
                 raise KeyboardInterrupt  # the first Ctrl-C was pressed
             if now > saved_at + SAVE_EVERY:
@@ -388,8 +388,8 @@ def main(arguments=None):
                 parser.error(f"{flag(name)} {value} contradicts the run's {kept[name]}: omit it")
         about = about if reuse else ""
         chosen = settings(**(kept | given))
-        if chosen.batch_size * max(chosen.hidden, default=0) <= 64 * 64:  # too small to share
-            tf.config.threading.set_intra_op_parallelism_threads(1)
+        if chosen.batch_size * max(chosen.hidden, default=0) <= 64 * 64:
+            tf.config.threading.set_intra_op_parallelism_threads(1)  # too little work for two
 
         about = f"cannot use --env {chosen.env} (choose another, or install what it needs): "
         os.environ.setdefault("SDL_FRAMEBUFFER_ACCELERATION", "0")  # OpenGL crashes beside TF
