@@ -79,8 +79,8 @@ def settings(**changes):
 def ann(input_size, layer_sizes, output_activation):
     """A network (N, input_size) -> (N, layer_sizes[-1]), its hidden layers relu (section 2)."""
     *hidden, last = layer_sizes
-    # an actor starts near 0, where tanh has a slope; if a critic did, its first low values would
-    # push nearly all its last weights below 0, and make it flat where it is highest (section 2)
+    # an actor starts near 0, where tanh has a slope; if a critic did, low first returns would push
+    # nearly all its last weights below 0, and it could end flat where it is highest (section 2)
     limit = 3e-3 if output_activation == "tanh" else 1.0
     last_weights = keras.initializers.RandomUniform(-limit, limit)
     return keras.Sequential([
