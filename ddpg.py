@@ -52,7 +52,7 @@ SETTINGS = {  # name: default, least, most, meaning
     "batch_size": (128, 1, 10**6, "transitions in a batch, N"),
     "buffer_size": (100_000, 1, 10**8, "transitions remembered"),
     "warmup": (200, 1, 10**9, "environment steps before training, with random actions"),
-    "train_every": (50, 1, 10**6, "environment steps in a block; the paper's is 1"),
+    "train_every": (50, 1, 10**6, "environment steps between trainings; the paper's is 1"),
     "updates": (1.0, 0, 1000, "gradient steps per environment step"),
 }
 EVALUATION_SEEDS = range(1_000_000, 1_000_010)  # the same ten starts for every run
@@ -64,7 +64,7 @@ def flag(name):
 
 
 def settings(**changes):
-    """The defaults with `changes`, a namespace. ValueError if out of range, KeyError if unknown."""
+    """A namespace: the defaults with `changes`. ValueError if out of range, KeyError if unknown."""
     for name, value in changes.items():
         _, least, most, _ = SETTINGS[name]
         if name != "env" and not all(least <= number <= most for number in np.ravel(value)):
@@ -72,7 +72,7 @@ def settings(**changes):
     chosen = argparse.Namespace(**({name: row[0] for name, row in SETTINGS.items()} | changes))
     if chosen.batch_size > min(chosen.warmup, chosen.buffer_size):
         raise ValueError(f"--batch-size {chosen.batch_size} is more than --warmup {chosen.warmup} "
-                         f"or --buffer-size {chosen.buffer_size}: choose a smaller batch")
+                         f"or --buffer-size {chosen.buffer_size}: lower it or raise these")
     return chosen
 
 
@@ -114,7 +114,7 @@ class ReplayBuffer:
 
 
 def descend(network, loss, *batch):
-    """One optimizer step down loss(*batch), moving `network` alone. Returns the loss."""
+    """One step of network.optimizer down loss(*batch), moving `network` alone. Returns the loss."""
     with tf.GradientTape() as tape:
         value = loss(*batch)
     network.optimizer.apply(tape.gradient(value, network.trainable_variables))
@@ -152,7 +152,7 @@ class Agent:
         self.average_actor = copy.deepcopy(self.actor)  # the final policy (section 7)
         for network, rate in (self.actor, settings.actor_lr), (self.critic, settings.critic_lr):
             network.optimizer = keras.optimizers.Adam(rate)
-            network.optimizer.build(network.variables)  # now, for train_block and for restore
+            network.optimizer.build(network.variables)  # train_block and restore need these
         low, high = actions.low.astype(float), actions.high.astype(float)
         self.policy = keras.Sequential([
             self.average_actor, keras.layers.Rescaling((high - low) / 2, (high + low) / 2)])
@@ -202,7 +202,7 @@ class Agent:
 
     def restore(self, saved):
         """Become the agent that was saved. ValueError if its environment had other sizes."""
-        self.buffer.rows[:len(saved["rows"])] = saved["rows"]  # first: its error is a short one
+        self.buffer.rows[:len(saved["rows"])] = saved["rows"]  # first: the shortest error message
         for i, variable in enumerate(self.variables):
             variable.assign(saved[f"arr_{i}"])  # numpy.savez calls arrays without a name arr_0, ...
         self.buffer.added, self.history = saved["added"], saved["history"]
@@ -309,20 +309,20 @@ def run(agent, env, out):
     agent.save(path)  # a good state to return to, should the very first episodes diverge
     first_step, began, saved_at = agent.buffer.added, time.perf_counter(), time.perf_counter()
     # a first Ctrl-C only puts the old handler back: the loop notices that, a second acts at once
-    before = signal.signal(signal.SIGINT, lambda *_: signal.signal(signal.SIGINT, before))
+    previous = signal.signal(signal.SIGINT, lambda *_: signal.signal(signal.SIGINT, previous))
     try:
         for total in train(agent, env):
             now, mean = time.perf_counter(), np.mean(history[-10:], axis=0)[1]
             speed = (agent.buffer.added - first_step) / (now - began)
             print(f"\repisode {len(history)}/{agent.settings.episodes}, return {total:.5g}, mean "
                   f"of last 10 {mean:.5g}, {speed:.0f} steps/s".ljust(80), end="", flush=True)
-            if signal.getsignal(signal.SIGINT) == before:
+            if signal.getsignal(signal.SIGINT) == previous:
                 raise KeyboardInterrupt  # the first Ctrl-C was pressed
             if now > saved_at + SAVE_EVERY:
                 agent.save(path)
                 saved_at = now
         agent.save(path)  # whatever happens while it is evaluated
-        signal.signal(signal.SIGINT, before)  # as there is no episode left to finish
+        signal.signal(signal.SIGINT, previous)  # as there is no episode left to finish
         returns, pairs = zip(*evaluate(agent, env))
         print(f"\nmean return of ten fresh episodes without noise: {np.mean(returns):.5g}")
         return 0
@@ -342,7 +342,7 @@ def run(agent, env, out):
             agent.policy.save(path.with_name("actor.keras"))
             plot(history, sum(pairs, [])).savefig(path.with_name("returns.png"))
         finally:
-            signal.signal(signal.SIGINT, before)
+            signal.signal(signal.SIGINT, previous)
 
 
 def watch(agent, env, gif):
@@ -363,7 +363,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser("ddpg.py", usage=argparse.SUPPRESS, allow_abbrev=False,
                                      description="Train a DDPG agent, or resume or watch one.")
     for name, (default, _, _, text) in SETTINGS.items():
-        kind, count = (int, "*") if name == "hidden" else (type(default), None)
+        kind, count = (int, "+") if name == "hidden" else (type(default), None)
         parser.add_argument(flag(name), type=kind, nargs=count, help=f"{text} (default: {default})")
     parser.add_argument("--out", type=Path, help="results folder (default: runs/<env>-seed<seed>)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
@@ -377,7 +377,7 @@ def main(arguments=None):
         parser.error("--watch finds no display: try --gif")
     out = asked.out or Path("runs/{env}-seed{seed}".format(**(vars(settings()) | given)))
     path, reuse = out / "checkpoint.npz", asked.resume or show  # whether to use the run in `out`
-    about = f"cannot read {path} (train first, or choose another --out): "  # said before an error
+    about = f"cannot read {path} (train first, or choose another --out): "  # starts error messages
     try:
         saved = read_checkpoint(path) if reuse or path.exists() else None
         kept = saved["settings"] if reuse else {}
@@ -389,14 +389,14 @@ def main(arguments=None):
         about = about if reuse else ""
         chosen = settings(**(kept | given))
         if chosen.batch_size * max(chosen.hidden, default=0) <= 64 * 64:
-            tf.config.threading.set_intra_op_parallelism_threads(1)  # too little work for two
+            tf.config.threading.set_intra_op_parallelism_threads(1)  # too little for two threads
 
         about = f"cannot use --env {chosen.env} (choose another, or install what it needs): "
         os.environ.setdefault("SDL_FRAMEBUFFER_ACCELERATION", "0")  # OpenGL crashes beside TF
         env = gym.make(chosen.env, **({"render_mode": show} if show else {}))
         env.reset(seed=chosen.seed)  # an environment that cannot start replaces no finished run
         agent = Agent(env, chosen)
-        about = f"cannot use the run in {out} with --env {chosen.env}: "
+        about = f"cannot resume or play the run in {out} with --env {chosen.env}: "
         if reuse:
             agent.restore(saved)
         if show:
@@ -410,7 +410,7 @@ def main(arguments=None):
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        parser.error(" ".join(f"{about}{error}".split()))
+        parser.error(" ".join(f"{about}{str(error) or repr(error)}".split()))
     return run(agent, env, out)
 
 

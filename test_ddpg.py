@@ -440,6 +440,7 @@ def refused(*options):
         "gamma": ["1.01", "-0.1", "nan"], "tau": ["1.01", "-0.1"], "noise-theta": ["1.01", "-0.1"],
         "noise": ["-0.1"], "actor-lr": ["-0.001", "inf"], "critic-lr": ["-0.001"]}.items() for value in values],
     (["--batch-size", "300", "--warmup", "200"], ("batch-size", "300", "200")),
+    (["--hidden"], ("hidden", "at least one")),
     (["--env", "Nowhere-v0"], ("--env", "Nowhere-v0")),
     (["--env", "nowhere:Nowhere-v0"], ("--env", "nowhere")),
     (["--env", "Extra-v0"], ("--env", "Extra-v0", "install")),
