@@ -152,7 +152,7 @@ class Agent:
         self.average_actor = copy.deepcopy(self.actor)  # the final policy (section 7)
         for network, rate in (self.actor, settings.actor_lr), (self.critic, settings.critic_lr):
             network.optimizer = keras.optimizers.Adam(rate)
-            network.optimizer.build(network.variables)  # train_block and restore need these
+            network.optimizer.build(network.variables)  # train_block and restore need its variables
         low, high = actions.low.astype(float), actions.high.astype(float)
         self.policy = keras.Sequential([
             self.average_actor, keras.layers.Rescaling((high - low) / 2, (high + low) / 2)])
