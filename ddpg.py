@@ -1,26 +1,26 @@
 """Deep Deterministic Policy Gradient (DDPG) in one file, to be read beside its theory.
 
-An actor mu maps a state s to an action a; a critic Q estimates the return that follows (s, a).
-The critic learns from replayed transitions, the actor climbs the critic's slope, and slow copies of
-both, the targets mu' and Q', keep the critic from chasing its own estimates. Algorithm 1 of
-Lillicrap et al. 2015 (arXiv:1509.02971), piece by piece, and README.md's section on each:
+An actor mu maps a state s to an action a; a critic Q estimates the return that follows (s, a);
+slow copies of both, the targets mu' and Q', keep the critic from chasing its own estimates. This is
+Algorithm 1 of Lillicrap et al. 2015 (arXiv:1509.02971), with README.md's section on each piece:
 
-    networks mu and Q, targets mu' and Q'       ann, Agent           section 2
+    networks mu and Q                           ann                  section 2
+    the environment's units                     observe, in_bounds   section 3
     memory of transitions (s, a, r, s', d)      ReplayBuffer         section 4
-    theta' <- tau theta' + (1 - tau) theta      soft_update          section 7
-    critic's loss (y - Q(s, a))^2               Agent.critic_loss    section 5
-    actor's loss -Q(s, mu(s))                   Agent.actor_loss     section 6
-    gradient steps, a block of them in a call   Agent.train_block    section 9
-    episodes of steps a = mu(s) + n             play, train          sections 3, 8
+    theta' <- tau theta' + (1 - tau) theta      soft_update          section 5
+    critic's loss (y - Q(s, a))^2               Agent.critic_loss    section 6
+    actor's loss -Q(s, mu(s))                   Agent.actor_loss     section 7
+    gradient steps, a block of them in a call   Agent.learn          section 8
+    the loop: a = mu(s) + n, remember, learn    train                section 9
 
 `python ddpg.py` teaches a pendulum to stand up; `python ddpg.py --help` lists every setting.
 """
 
 import argparse
+import contextlib
 import copy
 import json
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -29,394 +29,379 @@ import gymnasium as gym
 import matplotlib.pyplot as plt
 import numpy as np
 
-os.environ |= {"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"}  # not JAX; no chatter
-real_stderr = os.dup(2)  # no setting silences all that TensorFlow prints while it loads
-os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-try:
-    import keras
-    import tensorflow as tf
-finally:
-    os.dup2(real_stderr, 2)
+os.environ["KERAS_BACKEND"] = "tensorflow"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # with the next, TensorFlow says less at its start
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+import keras
+import tensorflow as tf
 
-SETTINGS = {  # name: default, least, most, meaning
+OPTIONS = {  # name: default, least, most, meaning
     "env": ("Pendulum-v1", None, None, "Gymnasium environment; module:Name-v0 for your own"),
-    "episodes": (100, 1, 10**9, "episodes to train"),
+    "steps": (20_000, 1, 10**9, "environment steps to train; the last episode is finished"),
     "seed": (0, 0, 2**31 - 1, "source of all randomness"),
     "hidden": ([64, 64, 64], 1, 10**5, "hidden layer sizes of both networks"),
     "actor_lr": (1e-3, 0, 1, "learning rate of the actor"),
     "critic_lr": (2e-3, 0, 1, "learning rate of the critic"),
-    "gamma": (0.995, 0, 1, "discount per step"),
-    "tau": (0.98, 0, 1, "share of itself that a target keeps; the paper's tau is 1 - this"),
+    "gamma": (0.99, 0, 1, "discount per step"),
+    "tau": (0.99, 0, 1, "share of itself that a target keeps; the paper's tau is 1 - this"),
     "noise": (0.25, 0, 10, "sigma of the exploration noise; 1 is half an action's range"),
     "noise_theta": (1.0, 0, 1, "1: white noise; 0.15: Ornstein-Uhlenbeck, the paper's"),
     "batch_size": (128, 1, 10**6, "transitions in a batch, N"),
     "buffer_size": (100_000, 1, 10**8, "transitions remembered"),
-    "warmup": (200, 1, 10**9, "environment steps before training, with random actions"),
-    "train_every": (50, 1, 10**6, "environment steps between trainings; the paper's is 1"),
-    "updates": (1.0, 0, 1000, "gradient steps per environment step"),
+    "warmup": (200, 1, 10**9, "environment steps before learning, with random actions"),
+    "block": (50, 1, 10**6, "environment steps between calls of learn; the paper's is 1"),
 }
-EVALUATION_SEEDS = range(1_000_000, 1_000_010)  # the same ten starts for every run
-SAVE_EVERY = 20  # seconds between checkpoints
 
 
-def flag(name):
-    return "--" + name.replace("_", "-")
-
-
-def settings(**changes):
-    """A namespace: the defaults with `changes`. ValueError if out of range, KeyError if unknown."""
-    for name, value in changes.items():
-        _, least, most, _ = SETTINGS[name]
-        if name != "env" and not all(least <= number <= most for number in np.ravel(value)):
-            raise ValueError(f"{flag(name)} {value} is out of range: choose {least} to {most}")
-    chosen = argparse.Namespace(**({name: row[0] for name, row in SETTINGS.items()} | changes))
-    if chosen.batch_size > min(chosen.warmup, chosen.buffer_size):
-        raise ValueError(f"--batch-size {chosen.batch_size} is more than --warmup {chosen.warmup} "
-                         f"or --buffer-size {chosen.buffer_size}: lower it or raise these")
-    return chosen
+class DDPGError(ValueError):
+    """What cannot be used or cannot go on: a sentence that names the value and the remedy."""
 
 
 def ann(input_size, layer_sizes, output_activation):
     """A network (N, input_size) -> (N, layer_sizes[-1]), its hidden layers relu (section 2)."""
     *hidden, last = layer_sizes
-    # an actor starts near 0, where tanh has a slope; if a critic did, low first returns would push
-    # nearly all its last weights below 0, and it could end flat where it is highest (section 2)
-    limit = 3e-3 if output_activation == "tanh" else 1.0
-    last_weights = keras.initializers.RandomUniform(-limit, limit)
     return keras.Sequential([
         keras.Input((input_size,)), *[keras.layers.Dense(size, "relu") for size in hidden],
-        keras.layers.Dense(last, kernel_initializer=last_weights),
-        keras.layers.Activation(output_activation)])  # apart: actor_loss needs what goes into tanh
+        keras.layers.Dense(last), keras.layers.Activation(output_activation)])
+
+
+def observe(state, space):
+    """A float32 copy, as environments may reuse their array (section 3). DDPGError if unusable."""
+    state = np.array(state, np.float32)
+    if state.shape != space.shape or not np.isfinite(state).all():
+        raise DDPGError(f"state {state}, shape {state.shape}: must be finite, shape {space.shape}")
+    return state
+
+
+def in_bounds(a, space):
+    """An action in [-1, 1]^m becomes one of the space, in its units and bounds (section 3)."""
+    low, high = space.low.astype(float), space.high.astype(float)
+    return np.clip((high + low) / 2 + (high - low) / 2 * a, low, high).astype(space.dtype)
 
 
 class ReplayBuffer:
     """The last `capacity` transitions, a float32 row each: s, a, r, s', d (section 4).
-
-    d is 1 where the episode terminated in s', 0 where it went on or was cut off by a time limit.
-    """
+    d is 1 where the episode terminated in s', 0 where it went on or was cut off by a time limit."""
 
     def __init__(self, capacity, state_size, action_size):
-        self.columns = [state_size, action_size, 1, state_size, 1]  # widths of s, a, r, s', d
-        self.rows = np.zeros((capacity, sum(self.columns)), np.float32)
+        self.ends = np.cumsum([state_size, action_size, 1, state_size])  # of s, a, r, s' in a row
+        self.rows = np.zeros((capacity, self.ends[-1] + 1), np.float32)
         self.added = 0  # since the beginning, so this also counts the environment's steps
+        self.mean, self.deviation = np.zeros(state_size), np.ones(state_size)
 
     def add(self, s, a, r, s_next, d):
-        row = np.concatenate([s, a, [r], s_next, [d]], dtype=np.float32)
-        if not np.isfinite(row).all():
-            raise FloatingPointError("the environment gave a state or reward that is not finite")
-        self.rows[self.added % len(self.rows)] = row
+        if not abs(r) < np.finfo(np.float32).max:
+            raise DDPGError(f"reward {r}: must be finite")
+        self.rows[self.added % len(self.rows)] = np.concatenate([s, a, [r], s_next, [d]])
         self.added += 1
 
+    def measure(self):
+        """From now on, the remembered states have mean 0 and deviation 1 in standard units."""
+        states = self.rows[:self.added, :self.ends[0]].astype(float)
+        self.mean, deviation = states.mean(axis=0), states.std(axis=0)
+        self.deviation = np.where(deviation > 1e-7 * abs(self.mean), deviation, 1)  # 1 if constant
+
+    def standard(self, s):
+        """States (..., state_size) in standard units."""
+        return ((s - self.mean) / self.deviation).astype(np.float32)
+
     def sample(self, rng, *shape):
-        """Rows drawn uniformly with replacement: with shape k, N it is k batches, (k, N, row)."""
-        filled = min(self.added, len(self.rows))
-        return self.rows.take(rng.integers(filled, size=shape), axis=0)
-
-
-def descend(network, loss, *batch):
-    """One step of network.optimizer down loss(*batch), moving `network` alone. Returns the loss."""
-    with tf.GradientTape() as tape:
-        value = loss(*batch)
-    network.optimizer.apply(tape.gradient(value, network.trainable_variables))
-    return value
+        """Rows drawn uniformly with replacement: s, a, r, s', d, each (*shape, its width)."""
+        rows = self.rows.take(rng.integers(min(self.added, len(self.rows)), size=shape), axis=0)
+        s, a, r, s_next, d = np.split(rows, self.ends, axis=-1)
+        return self.standard(s), a, r, self.standard(s_next), d
 
 
 def soft_update(target, network, tau):
-    """theta' <- tau theta' + (1 - tau) theta (section 7). tau near 1: the target follows slowly."""
+    """theta' <- tau theta' + (1 - tau) theta (section 5). tau near 1: the target follows slowly."""
     for slow, fast in zip(target.variables, network.variables):
         slow.assign(tau * slow + (1 - tau) * fast)
 
 
 class Agent:
-    """The networks, their optimizers, the memory, and the history [[steps so far, return], ...].
-
-    Learns in any `env` whose observations and bounded actions are each a Box of one dimension;
-    ValueError for others. All actions are in [-1, 1] (section 2), except those of `policy`, a
-    Keras model (N, state_size) -> (N, action_size): they are in the environment's own units.
-    """
+    """Networks, optimizers, memory, and the history of episodes [[steps so far, return], ...].
+    Networks and losses know standard states, actions in [-1, 1]^m. DDPGError for unfit spaces."""
 
     def __init__(self, env, settings):
         states, actions = env.observation_space, env.action_space
         boxes = [isinstance(x, gym.spaces.Box) and len(x.shape) == 1 for x in (states, actions)]
-        if not (all(boxes) and actions.is_bounded()):
-            raise ValueError(f"observations {states} and actions {actions} must each be a Box of "
-                             "one dimension, that of the actions bounded: wrap the environment")
+        if not (all(boxes) and actions.is_bounded() and actions.dtype.kind == "f"):
+            raise DDPGError(f"observations {states} and actions {actions} must each be a Box of "
+                            "one dimension, actions bounded and of floats: wrap the environment")
+        observe(env.reset(seed=settings.seed)[0], states)
         (state_size,), (action_size,) = states.shape, actions.shape
-        self.settings, self.rng = settings, np.random.default_rng(settings.seed)
-        self.buffer, self.history = ReplayBuffer(settings.buffer_size, state_size, action_size), []
+        self.settings, self.action_space, self.history = settings, actions, []
+        self.buffer = ReplayBuffer(settings.buffer_size, state_size, action_size)
         keras.utils.set_random_seed(settings.seed)  # for the first weights
         self.actor = ann(state_size, [*settings.hidden, action_size], "tanh")
         self.critic = ann(state_size + action_size, [*settings.hidden, 1], "linear")
-        self.before_tanh = keras.Sequential(self.actor.layers[:-1])  # shared layers, no tanh
         self.target_actor, self.target_critic = copy.deepcopy((self.actor, self.critic))
-        self.average_actor = copy.deepcopy(self.actor)  # the final policy (section 7)
+        self.average_actor = copy.deepcopy(self.actor)  # the final policy (section 8)
+        self.before_tanh = keras.Sequential(self.actor.layers[:-1])  # shares the actor's weights
         for network, rate in (self.actor, settings.actor_lr), (self.critic, settings.critic_lr):
             network.optimizer = keras.optimizers.Adam(rate)
-            network.optimizer.build(network.variables)  # train_block and restore need its variables
-        low, high = actions.low.astype(float), actions.high.astype(float)
-        self.policy = keras.Sequential([
-            self.average_actor, keras.layers.Rescaling((high - low) / 2, (high + low) / 2)])
-        self.variables = [variable for part in (
-            self.actor, self.critic, self.target_actor, self.target_critic, self.average_actor,
-            self.actor.optimizer, self.critic.optimizer) for variable in part.variables]
+            network.optimizer.build(network.trainable_variables)
 
     def critic_loss(self, s, a, r, s_next, d):
-        """L = 1/N sum (y - Q(s, a))^2 with y = r + gamma (1 - d) Q'(s', mu'(s')) (section 5).
-
-        s, s_next: (N, state_size); a: (N, action_size); r, d: (N, 1), as (N,) would make it (N, N).
-        """
+        """L = 1/N sum (y - Q(s, a))^2 with y = r + gamma (1 - d) Q'(s', mu'(s')) (section 6).
+        s, s_next: (N, state_size); a: (N, action_size); r, d: (N, 1), for (N,) makes it (N, N)."""
         q_next = self.target_critic(tf.concat([s_next, self.target_actor(s_next)], axis=1))
         y = r + self.settings.gamma * (1 - d) * q_next
         return tf.reduce_mean((y - self.critic(tf.concat([s, a], axis=1))) ** 2)
 
     def actor_loss(self, s):
-        """J + toll with J = -1/N sum Q(s, mu(s)), s: (N, state_size) (section 6)."""
+        """J = -1/N sum Q(s, mu(s)), s: (N, state_size), + a toll where tanh is flat (section 7)."""
         x = self.before_tanh(s)
-        toll = tf.reduce_mean(tf.nn.relu(tf.abs(x) - 5) ** 2)  # there tanh has hardly any slope
-        return toll - tf.reduce_mean(self.critic(tf.concat([s, tf.tanh(x)], axis=1)))
+        q = self.critic(tf.concat([s, tf.tanh(x)], axis=1))
+        toll = tf.reduce_mean(tf.nn.relu(tf.abs(x) - 5) ** 2)
+        return -tf.reduce_mean(q) + toll
 
-    @tf.function(jit_compile=True)  # one call a block, as a call costs more than a step (section 9)
-    def train_block(self, batches):
-        """Train on each of k batches (k, N, row). Returns whether losses and weights are finite."""
-        total = 0.0  # the sum of all losses: finite only if each of them is
-        for batch in batches:
-            s, a, r, s_next, d = tf.split(batch, self.buffer.columns, axis=1)
-            total += descend(self.critic, self.critic_loss, s, a, r, s_next, d)
-            total += descend(self.actor, self.actor_loss, s)
-            soft_update(self.target_actor, self.actor, self.settings.tau)
+    @tf.function(jit_compile=True)  # one call a block, as a call costs more than a step (section 8)
+    def learn(self, batches):
+        """A gradient step of both networks for each of k batches: s is (k, N, state_size), ...
+        Returns a sum that is finite only if every loss, and every weight in the end, is."""
+        total = 0.0
+        for i in tf.range(len(batches[0])):
+            s, a, r, s_next, d = [column[i] for column in batches]
+            with tf.GradientTape() as tape:
+                critic_loss = self.critic_loss(s, a, r, s_next, d)
+            self.critic.optimizer.apply(tape.gradient(critic_loss, self.critic.trainable_variables))
+
+            with tf.GradientTape() as tape:
+                actor_loss = self.actor_loss(s)
+            self.actor.optimizer.apply(tape.gradient(actor_loss, self.actor.trainable_variables))
+
             soft_update(self.target_critic, self.critic, self.settings.tau)
+            soft_update(self.target_actor, self.actor, self.settings.tau)
             t = tf.cast(self.actor.optimizer.iterations, tf.float32)  # gradient steps so far
-            soft_update(self.average_actor, self.actor, t / (t + 4))  # over the last quarter or so
-        weights = self.actor.variables + self.critic.variables
-        return tf.math.is_finite(tf.add_n([total, *map(tf.reduce_sum, weights)]))
-
-    def save(self, path):
-        """Write to `path` all that further training needs: whole or not at all, without pickle."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part.npz")  # savez appends .npz to any other name
-        rest = {"settings": vars(self.settings), "rng": self.rng.bit_generator.state,
-                "added": self.buffer.added, "history": self.history}
-        np.savez(part, *[variable.numpy() for variable in self.variables],
-                 rows=self.buffer.rows[:self.buffer.added], rest=json.dumps(rest))
-        part.replace(path)
-
-    def restore(self, saved):
-        """Become the agent that was saved. ValueError if its environment had other sizes."""
-        self.buffer.rows[:len(saved["rows"])] = saved["rows"]  # first: the shortest error message
-        for i, variable in enumerate(self.variables):
-            variable.assign(saved[f"arr_{i}"])  # numpy.savez calls arrays without a name arr_0, ...
-        self.buffer.added, self.history = saved["added"], saved["history"]
-        self.rng.bit_generator.state = saved["rng"]
-
-
-def read_checkpoint(path):
-    """What Agent.save wrote, as a dict. A damaged file raises what numpy.load raises."""
-    with np.load(path) as file:
-        return {**file, **json.loads(str(file["rest"]))}
+            soft_update(self.average_actor, self.actor, t / (t + 4))  # mostly the last quarter
+            total += critic_loss + actor_loss
+        return tf.add_n([total, *map(tf.reduce_sum, self.actor.variables + self.critic.variables)])
 
 
 def mu(weights, s):
-    """mu(s) of one s, (state_size,) -> (action_size,), 100 times faster than Keras (section 9)."""
+    """The actor with these weights, of one state: 100 times faster than by Keras (section 8)."""
     for kernel, bias in zip(weights[::2], weights[1::2]):
         x = s @ kernel + bias
-        s = np.maximum(x, 0)  # now the next layer's input; after the last layer, tanh is due
+        s = np.maximum(x, 0)  # the next layer's input; after the last layer, tanh is due
     return np.tanh(x)
 
 
-def play(act, env, seed):
-    """One episode of a = act(s) in [-1, 1]: yields each (s, a, r, s', terminated) as it happens."""
-    space = env.action_space  # each a becomes an action in its bounds, of its dtype
-    low, high = space.low.astype(float), space.high.astype(float)
-    state, over = np.array(env.reset(seed=seed)[0], np.float32), False  # a copy: envs may reuse it
-    while not over:
-        a = act(state)
-        action = np.clip((high + low) / 2 + (high - low) / 2 * a, low, high)
-        action = action if space.dtype.kind == "f" else np.rint(action)
-        next_state, reward, terminated, truncated, _ = env.step(action.astype(space.dtype))
-        next_state = np.array(next_state, np.float32)
-        yield state, a, float(np.squeeze(reward)), next_state, bool(terminated)
-        state, over = next_state, terminated or truncated
-
-
 def train(agent, env):
-    """Algorithm 1 (section 8): yields the return at each episode's end, where a run can be saved.
-
-    Raises FloatingPointError if training diverges.
-    """
-    settings, buffer, rng = agent.settings, agent.buffer, agent.rng
-    block, weights = settings.train_every, agent.actor.get_weights()
-    while len(agent.history) < settings.episodes:
-        n, total = np.zeros(env.action_space.shape), 0.0
-
-        def explore(s):  # n <- (1 - theta) n + sigma N(0, I); `weights` change after each block
+    """Algorithm 1 (section 9). Yields the return at each episode's end, where a run can be saved,
+    as each episode has random numbers of its own. DDPGError if it cannot go on."""
+    settings, buffer, weights = agent.settings, agent.buffer, agent.actor.get_weights()
+    while buffer.added < settings.steps:
+        rng = np.random.default_rng([settings.seed, len(agent.history)])
+        s = observe(env.reset(seed=int(rng.integers(2**31)))[0], env.observation_space)
+        n, episode_return, over = np.zeros(env.action_space.shape), 0.0, False
+        while not over:
             if buffer.added < settings.warmup:
-                return rng.uniform(-1, 1, n.shape)
-            n[:] = (1 - settings.noise_theta) * n + settings.noise * rng.standard_normal(n.shape)
-            return np.clip(mu(weights, s) + n, -1, 1)
-
-        for s, a, r, s_next, d in play(explore, env, seed=int(rng.integers(2**31))):
-            buffer.add(s, a, r, s_next, d)
-            step, total = buffer.added, total + r
-            if step >= settings.warmup and step % block == 0:
-                # gradient steps due by now, less those due a block ago: `updates` may be a fraction
-                k = int(settings.updates * step) - int(settings.updates * (step - block))
-                if k and not agent.train_block(buffer.sample(rng, k, settings.batch_size)):
-                    raise FloatingPointError("a loss or a weight is no longer finite: check the "
-                                             "rewards, try lower learning rates in a new --out")
+                a = rng.uniform(-1, 1, n.shape)
+            else:
+                n = (1 - settings.noise_theta) * n + settings.noise * rng.standard_normal(n.shape)
+                a = np.clip(mu(weights, buffer.standard(s)) + n, -1, 1)
+            s_next, r, terminated, truncated, _ = env.step(in_bounds(a, env.action_space))
+            s_next, r = observe(s_next, env.observation_space), float(np.squeeze(r))
+            buffer.add(s, a, r, s_next, bool(terminated))  # a time limit is no end
+            s, over, episode_return = s_next, terminated or truncated, episode_return + r
+            learning_for = buffer.added - settings.warmup
+            if learning_for >= 0 and learning_for % settings.block == 0:
+                if learning_for <= 10_000:  # later, the units of what was learned stay
+                    buffer.measure()
+                batches = buffer.sample(rng, settings.block, settings.batch_size)
+                if not np.isfinite(agent.learn(batches)):
+                    raise DDPGError("a loss or weight is not finite: try lower learning rates")
                 weights = agent.actor.get_weights()
-        agent.history.append([buffer.added, total])
-        yield total
+        agent.history.append([buffer.added, episode_return])
+        yield episode_return
+
+
+# That is DDPG. What follows evaluates the policy, plots, saves, and reads the command line.
+EVALUATION_SEEDS = range(1_000_000, 1_000_010)  # the same ten starts for every run
+SAVE_EVERY = 10  # seconds between checkpoints
+
+
+@contextlib.contextmanager
+def explained(sentence, *errors):
+    """Any of `errors` within becomes a DDPGError that begins with `sentence`."""
+    try:
+        yield
+    except errors as error:
+        raise DDPGError(f"{sentence} ({error or repr(error)})") from error
+
+
+def make_settings(**changes):
+    """The defaults of OPTIONS with `changes`, as a namespace. DDPGError if one is out of range."""
+    settings = argparse.Namespace(**({name: row[0] for name, row in OPTIONS.items()} | changes))
+    for name, value in vars(settings).items():
+        _, least, most, _ = OPTIONS[name]
+        if name != "env" and not all(least <= number <= most for number in np.ravel(value)):
+            raise DDPGError(f"{name} {value} is out of range: choose {least} to {most}")
+    if settings.steps <= settings.warmup:
+        raise DDPGError(f"steps {settings.steps}: choose more than the {settings.warmup} of warmup")
+    return settings
 
 
 def evaluate(agent, env):
-    """Ten episodes of the final policy mu; yields for each its return and pairs Q(s, mu(s)), truth.
-
-    The truth is the discounted return that followed. Where an episode is cut off, Q of its last
-    state stands for the rest; states where it would weigh half or more are left out (section 10).
-    """
-    weights, gamma = agent.average_actor.get_weights(), agent.settings.gamma
+    """Ten episodes of the average actor without noise: yields the return of each. One that does
+    not end is cut off after ten times the length of the longest in training."""
+    longest = max(np.diff([0, *[step for step, _ in agent.history]]), default=agent.settings.steps)
+    env, weights = gym.wrappers.TimeLimit(env, 10 * int(longest)), agent.average_actor.get_weights()
     for seed in EVALUATION_SEEDS:
-        states, _, rewards, next_states, d = zip(*play(lambda s: mu(weights, s), env, seed))
-        states = tf.stack([*states, next_states[-1]])
-        q = agent.critic(tf.concat([states, agent.average_actor(states)], axis=1)).numpy()[:, 0]
-        truth, pairs = (0.0 if d[-1] else q[-1]), []  # first, what follows the last s'
-        for k, reward in enumerate(rewards[::-1], 1):  # backwards, from k steps before the end
-            truth = reward + gamma * truth
-            if d[-1] or gamma**k < 0.5:
-                pairs.append((q[-1 - k], truth))  # q[-1] is that of the last s'
-        yield sum(rewards), pairs
+        s, episode_return, over = env.reset(seed=seed)[0], 0.0, False
+        while not over:
+            a = mu(weights, agent.buffer.standard(observe(s, env.observation_space)))
+            s, r, terminated, truncated, _ = env.step(in_bounds(a, env.action_space))
+            over, episode_return = terminated or truncated, episode_return + float(np.squeeze(r))
+        yield episode_return
 
 
-def plot(history, pairs):
-    """The figure: training returns and their ten-episode mean; the critic's estimates and truth."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    returns, episodes = [total for _, total in history], range(1, len(history) + 1)
-    left.plot(episodes, returns, alpha=0.4, label="episode")
-    left.plot(episodes[9:], [np.mean(returns[i - 10:i]) for i in episodes[9:]], label="mean of ten")
-    left.set(title="Training", xlabel="episode", ylabel="return")
-    left.legend()
-    estimates, truths = np.reshape(pairs, (-1, 2)).T
-    right.scatter(truths, estimates, s=4, alpha=0.3)
-    right.plot(truths, truths, color="gray")  # the diagonal
-    right.set(title="The critic's honesty", ylabel="estimate Q(s, mu(s))",
-              xlabel="discounted rewards that followed, the rest by Q")
+def policy(agent):
+    """The average actor as a Keras model (N, state_size) -> (N, action_size) in the env's units."""
+    mean, deviation, space = agent.buffer.mean, agent.buffer.deviation, agent.action_space
+    middle, highest = (in_bounds(np.full(space.shape, a), space) for a in (0, 1))
+    return keras.Sequential([
+        keras.Input(mean.shape), keras.layers.Rescaling(1 / deviation, -mean / deviation),
+        agent.average_actor, keras.layers.Rescaling(highest - middle, middle)])
+
+
+def plot(history):
+    """The figure of a training: the return of each episode, and the mean of the last ten."""
+    figure, axes = plt.subplots(num="ddpg.py", clear=True, layout="constrained")
+    steps, returns = np.reshape(history, (-1, 2)).T
+    means = [np.mean(returns[i - 10:i]) for i in range(10, len(returns) + 1)]
+    axes.plot(steps, returns, ".", alpha=0.5, label="episode")
+    axes.plot(steps[9:], means, label="mean of the last ten")
+    axes.set(xlabel="environment steps", ylabel="return")
+    axes.legend()
     return figure
 
 
+def variables(agent):
+    parts = (agent.actor, agent.critic, agent.target_actor, agent.target_critic,
+             agent.average_actor, agent.actor.optimizer, agent.critic.optimizer)
+    return [variable for part in parts for variable in part.variables]
+
+
+def save(agent, path):
+    """Write all that further training needs, whole or not at all. DDPGError if that fails."""
+    part, buffer = path.with_suffix(".part.npz"), agent.buffer  # savez wants .npz at the end
+    arrays = [buffer.rows[:buffer.added], buffer.mean, buffer.deviation, *variables(agent)]
+    rest = json.dumps({"settings": vars(agent.settings), "history": agent.history})
+    with explained(f"cannot write {path}: make room, or choose another --out", OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(part, *map(np.asarray, arrays), rest=rest)
+        part.replace(path)
+
+
+def read(path):
+    """What `save` wrote: settings, history, arrays. DDPGError if it is not there or damaged."""
+    with explained(f"cannot read {path}: train first, or choose another --out", Exception):
+        with np.load(path) as file:
+            arrays = [file[f"arr_{i}"] for i in range(len(file.files) - 1)]  # savez named them so
+            rest = json.loads(str(file["rest"]))
+        return make_settings(**rest["settings"]), rest["history"], arrays
+
+
+def restore(agent, history, arrays):
+    """Become the agent that was saved. DDPGError if it had other sizes."""
+    buffer, (rows, buffer.mean, buffer.deviation, *values) = agent.buffer, arrays
+    with explained("the environment had other sizes: choose another --out", ValueError):
+        buffer.rows[:len(rows)] = rows
+        for variable, value in zip(variables(agent), values, strict=True):
+            variable.assign(value)
+    agent.history, buffer.added = history, history[-1][0] if history else 0
+    agent.actor.optimizer.learning_rate = agent.settings.actor_lr  # it may be given anew
+    agent.critic.optimizer.learning_rate = agent.settings.critic_lr
+
+
 def run(agent, env, out):
-    """Train to the end or to Ctrl-C, leave results in the folder `out`, return the exit status."""
-    path, history, pairs = Path(out) / "checkpoint.npz", agent.history, []
-    agent.save(path)  # a good state to return to, should the very first episodes diverge
-    first_step, began, saved_at = agent.buffer.added, time.perf_counter(), time.perf_counter()
-    # a first Ctrl-C only puts the old handler back: the loop notices that, a second acts at once
-    previous = signal.signal(signal.SIGINT, lambda *_: signal.signal(signal.SIGINT, previous))
+    """Train and evaluate, with checkpoints and, whatever happens, results in the folder `out`."""
+    history, limit, began = agent.history, 10 * agent.settings.steps, time.monotonic()
+    step, first_step, save_at = agent.buffer.added, agent.buffer.added, began
     try:
-        for total in train(agent, env):
-            now, mean = time.perf_counter(), np.mean(history[-10:], axis=0)[1]
-            speed = (agent.buffer.added - first_step) / (now - began)
-            print(f"\repisode {len(history)}/{agent.settings.episodes}, return {total:.5g}, mean "
-                  f"of last 10 {mean:.5g}, {speed:.0f} steps/s".ljust(80), end="", flush=True)
-            if signal.getsignal(signal.SIGINT) == previous:
-                raise KeyboardInterrupt  # the first Ctrl-C was pressed
-            if now > saved_at + SAVE_EVERY:
-                agent.save(path)
-                saved_at = now
-        agent.save(path)  # whatever happens while it is evaluated
-        signal.signal(signal.SIGINT, previous)  # as there is no episode left to finish
-        returns, pairs = zip(*evaluate(agent, env))
-        print(f"\nmean return of ten fresh episodes without noise: {np.mean(returns):.5g}")
-        return 0
-    except KeyboardInterrupt:
-        print(f'\ninterrupted: python ddpg.py --resume --out "{out}" goes on from here')
-        return 130
-    except FloatingPointError as error:
-        print(f"\nddpg.py: episode {len(history) + 1} diverged: {error}", file=sys.stderr)
-        agent.restore(read_checkpoint(path))  # the local `history` stays, to show what happened
-        return 1
+        for episode_return in train(agent, gym.wrappers.TimeLimit(env, limit)):
+            before, step, now = step, agent.buffer.added, time.monotonic()
+            if step - before == limit:
+                raise DDPGError(f"no end in {limit} steps: register it with max_episode_steps")
+            print(f"episode {len(history)}, step {step}/{agent.settings.steps}, return "
+                  f"{episode_return:.5g}, mean of ten {np.mean(history[-10:], axis=0)[1]:.5g}, "
+                  f"{(step - first_step) / (now - began):.0f} steps/s".ljust(80),
+                  end="\r" if sys.stdout.isatty() else "\n", flush=True)
+            if now >= save_at:
+                save(agent, out / "checkpoint.npz")
+                save_at = time.monotonic() + max(SAVE_EVERY, 20 * (time.monotonic() - now))
+        save(agent, out / "checkpoint.npz")  # whatever happens while it is evaluated
+        mean = np.mean(list(evaluate(agent, env)))
+        print(f"\nmean return of ten episodes without noise: {mean:.5g}; results in {out}")
+    except DDPGError as error:
+        raise DDPGError(f"episode {len(history) + 1}: {error}") from error
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # saving takes a moment: let it finish
-        try:
-            agent.save(path)
-            rows = [f"{i},{step},{total}\n" for i, (step, total) in enumerate(history, 1)]
-            path.with_name("returns.csv").write_text("episode,steps,return\n" + "".join(rows))
-            agent.policy.save(path.with_name("actor.keras"))
-            plot(history, sum(pairs, [])).savefig(path.with_name("returns.png"))
-        finally:
-            signal.signal(signal.SIGINT, previous)
+        rows = [f"{i},{step},{total}\n" for i, (step, total) in enumerate(history, 1)]
+        with explained(f"cannot write to {out}: make room, then --resume", OSError):
+            (out / "returns.csv").write_text("episode,steps,return\n" + "".join(rows))
+            plot(history).savefig(out / "returns.png")
+            if all(np.isfinite(weight).all() for weight in agent.average_actor.get_weights()):
+                policy(agent).save(out / "actor.keras")
 
 
-def watch(agent, env, gif):
-    """Play without noise and print the returns: ten episodes in a window, or one into `gif`."""
-    for total, _ in evaluate(agent, env):
-        print(f"return {total:.5g}")
-        if gif:
-            frames = (keras.utils.array_to_img(frame, scale=False) for frame in env.render())
-            next(frames).save(gif, save_all=True, append_images=frames, loop=0,
-                              duration=max(20, 1000 / (env.metadata.get("render_fps") or 30)))
-            print(f"written to {gif}")
-            break
-    env.close()
+def gif(agent, path):
+    """Play one episode of the average actor into `path`. DDPGError if it cannot be drawn."""
+    with explained(f"cannot draw --env {agent.settings.env} into {path}", Exception):
+        env = gym.make(agent.settings.env, render_mode="rgb_array_list")
+        episode_return = next(evaluate(agent, env))
+        first, *rest = [keras.utils.array_to_img(frame, scale=False) for frame in env.render()]
+        first.save(path, save_all=True, append_images=rest, loop=0,
+                   duration=max(20, 1000 / (env.metadata.get("render_fps") or 30)))
+        print(f"return {episode_return:.5g}, drawn into {path}")
 
 
 def main(arguments=None):
-    """The command line. Returns 0, 1 (diverged) or 130 (interrupted); bad input exits with 2."""
-    parser = argparse.ArgumentParser("ddpg.py", usage=argparse.SUPPRESS, allow_abbrev=False,
-                                     description="Train a DDPG agent, or resume or watch one.")
-    for name, (default, _, _, text) in SETTINGS.items():
+    """The command line. Returns 0, 1 (training failed), 2 (refused) or 130 (interrupted)."""
+    parser = argparse.ArgumentParser("ddpg.py", usage=argparse.SUPPRESS, allow_abbrev=False)
+    for name, (default, _, _, meaning) in OPTIONS.items():
         kind, count = (int, "+") if name == "hidden" else (type(default), None)
-        parser.add_argument(flag(name), type=kind, nargs=count, help=f"{text} (default: {default})")
+        parser.add_argument("--" + name.replace("_", "-"), type=kind, nargs=count,
+                            help=f"{meaning} (default: {default})")
     parser.add_argument("--out", type=Path, help="results folder (default: runs/<env>-seed<seed>)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument("--watch", action="store_true", help="play its policy in a window")
-    parser.add_argument("--gif", action="store_true", help="play it once into policy.gif instead")
-    asked = parser.parse_args(arguments)
-    given = {name: vars(asked)[name] for name in SETTINGS if vars(asked)[name] is not None}
-    show = "rgb_array_list" if asked.gif else "human" if asked.watch else None
-    has_display = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & {*os.environ}
-    if show == "human" and not has_display:
-        parser.error("--watch finds no display: try --gif")
-    out = asked.out or Path("runs/{env}-seed{seed}".format(**(vars(settings()) | given)))
-    path, reuse = out / "checkpoint.npz", asked.resume or show  # whether to use the run in `out`
-    about = f"cannot read {path} (train first, or choose another --out): "  # starts error messages
+    parser.add_argument("--gif", action="store_true", help="play its policy once into policy.gif")
+    asked = vars(parser.parse_args(arguments))
+    given = {name: asked[name] for name in OPTIONS if asked[name] is not None}
+    env, seed = (given.get(name, OPTIONS[name][0]) for name in ("env", "seed"))
+    out = asked["out"] or Path("runs", f"{env}-seed{seed}".replace(":", "-").replace("/", "-"))
+    path, reuse, status = out / "checkpoint.npz", asked["resume"] or asked["gif"], 2
     try:
-        saved = read_checkpoint(path) if reuse or path.exists() else None
-        kept = saved["settings"] if reuse else {}
-        if saved and not reuse and len(saved["history"]) < saved["settings"]["episodes"]:
-            parser.error(f"--out {out}: an unfinished run; add --resume to go on, or use another")
-        for name, value in given.items():
-            if reuse and value != kept[name] and (name != "episodes" or value < kept[name]):
-                parser.error(f"{flag(name)} {value} contradicts the run's {kept[name]}: omit it")
-        about = about if reuse else ""
-        chosen = settings(**(kept | given))
-        if chosen.batch_size * max(chosen.hidden, default=0) <= 64 * 64:
-            tf.config.threading.set_intra_op_parallelism_threads(1)  # too little for two threads
-
-        about = f"cannot use --env {chosen.env} (choose another, or install what it needs): "
-        os.environ.setdefault("SDL_FRAMEBUFFER_ACCELERATION", "0")  # OpenGL crashes beside TF
-        env = gym.make(chosen.env, **({"render_mode": show} if show else {}))
-        env.reset(seed=chosen.seed)  # an environment that cannot start replaces no finished run
-        agent = Agent(env, chosen)
-        about = f"cannot resume or play the run in {out} with --env {chosen.env}: "
+        kept, history, arrays = read(path) if reuse or os.path.exists(path) else (None, [], [])
+        if history and not reuse:
+            raise DDPGError(f"--out {out} holds a run: add --resume (and more --steps if it is "
+                            "finished) to go on, choose another --out, or delete the folder")
+        settings = make_settings(**(vars(kept) if reuse else {}) | given)
+        for name in ("env", "seed", "hidden", "buffer_size") if reuse else ():
+            if vars(settings)[name] != vars(kept)[name]:
+                raise DDPGError(f"{name} {given[name]}: the run in {out} has another; omit it")
+        with explained("choose another --env, or install it", gym.error.Error, ImportError):
+            env = gym.make(settings.env)
+        agent = Agent(env, settings)
         if reuse:
-            agent.restore(saved)
-        if show:
-            watch(agent, env, out / "policy.gif" if asked.gif else None)
+            restore(agent, history, arrays)
+        if asked["gif"]:
+            gif(agent, out / "policy.gif")
             return 0
-
-        about = f"cannot write to --out {out} (choose another): "
-        if saved and not reuse:
-            print(f"replacing the finished run in {out}")
-        agent.save(path)  # what cannot be written fails here, not after training
+        save(agent, path)  # what cannot be written fails here, not after training
+        status = 1
+        run(agent, env, out)
+        if plt.get_backend().lower() != "agg":  # which has no windows
+            plt.show()
+        return 0
+    except DDPGError as error:
+        print("ddpg.py:", *str(error).split(), file=sys.stderr)
+        return status
     except KeyboardInterrupt:
+        print(f'\ninterrupted: python ddpg.py --resume --out "{out}" goes on')
         return 130
-    except Exception as error:
-        parser.error(" ".join(f"{about}{str(error) or repr(error)}".split()))
-    return run(agent, env, out)
 
 
 if __name__ == "__main__":
-    status = main()
-    if status == 0 and plt.get_backend().lower() != "agg":  # agg cannot show
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C closes the window without a traceback
-        plt.show()
-    sys.exit(status)
+    sys.exit(main())
