@@ -2,16 +2,16 @@
 
 An actor mu maps a state s to an action a; a critic Q estimates the return that follows (s, a);
 slow copies of both, the targets mu' and Q', keep the critic from chasing its own estimates. This is
-Algorithm 1 of Lillicrap et al. 2015 (arXiv:1509.02971), with README.md's section on each piece:
+Algorithm 1 of Lillicrap et al. 2015 (arXiv:1509.02971); + marks additions. README.md explains it:
 
-    networks mu and Q                           ann                  section 2
-    the environment's units                     observe, in_bounds   section 3
-    memory of transitions (s, a, r, s', d)      ReplayBuffer         section 4
-    theta' <- tau theta' + (1 - tau) theta      soft_update          section 5
-    critic's loss (y - Q(s, a))^2               Agent.critic_loss    section 6
-    actor's loss -Q(s, mu(s))                   Agent.actor_loss     section 7
-    gradient steps, a block of them in a call   Agent.learn          section 8
-    the loop: a = mu(s) + n, remember, learn    train                section 9
+    networks mu and Q                              ann                  section 2
+    a state checked, an action within its bounds   observe, in_bounds   section 3
+    memory of (s, a, r, s', d); + standard units   ReplayBuffer         section 4
+    theta' <- tau theta' + (1 - tau) theta         soft_update          section 5
+    critic's loss (y - Q(s, a))^2                  Agent.critic_loss    section 6
+    actor's loss -Q(s, mu(s)); + a toll            Agent.actor_loss     section 7
+    gradient steps; + an average of the actor      Agent.learn          section 8
+    the loop: act with noise, remember, learn      train                section 9
 
 `python ddpg.py` teaches a pendulum to stand up; `python ddpg.py --help` lists every setting.
 """
@@ -30,14 +30,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 os.environ["KERAS_BACKEND"] = "tensorflow"
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # with the next, TensorFlow says less at its start
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # fewer messages from TensorFlow
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 import keras
 import tensorflow as tf
 
 OPTIONS = {  # name: default, least, most, meaning
     "env": ("Pendulum-v1", None, None, "Gymnasium environment; module:Name-v0 for your own"),
-    "steps": (20_000, 1, 10**9, "environment steps to train; the last episode is finished"),
+    "steps": (20_000, 1, 10**9, "environment steps to train, and to the end of the episode"),
     "seed": (0, 0, 2**31 - 1, "source of all randomness"),
     "hidden": ([64, 64, 64], 1, 10**5, "hidden layer sizes of both networks"),
     "actor_lr": (1e-3, 0, 1, "learning rate of the actor"),
@@ -45,16 +45,16 @@ OPTIONS = {  # name: default, least, most, meaning
     "gamma": (0.99, 0, 1, "discount per step"),
     "tau": (0.99, 0, 1, "share of itself that a target keeps; the paper's tau is 1 - this"),
     "noise": (0.25, 0, 10, "sigma of the exploration noise; 1 is half an action's range"),
-    "noise_theta": (1.0, 0, 1, "1: white noise; 0.15: Ornstein-Uhlenbeck, the paper's"),
+    "noise_theta": (1.0, 0, 1, "share of the noise forgotten per step; the paper's is 0.15"),
     "batch_size": (128, 1, 10**6, "transitions in a batch, N"),
     "buffer_size": (100_000, 1, 10**8, "transitions remembered"),
     "warmup": (200, 1, 10**9, "environment steps before learning, with random actions"),
-    "block": (50, 1, 10**6, "environment steps between calls of learn; the paper's is 1"),
+    "block": (50, 1, 10**6, "environment steps, then as many gradient steps; the paper's is 1"),
 }
 
 
 class DDPGError(ValueError):
-    """What cannot be used or cannot go on: a sentence that names the value and the remedy."""
+    """What is unfit, or why training cannot go on: one line with the value and the remedy."""
 
 
 def ann(input_size, layer_sizes, output_activation):
@@ -66,47 +66,47 @@ def ann(input_size, layer_sizes, output_activation):
 
 
 def observe(state, space):
-    """A float32 copy, as environments may reuse their array (section 3). DDPGError if unusable."""
+    """The state as a float32 copy (section 3). DDPGError if not finite, or of another shape."""
     state = np.array(state, np.float32)
     if state.shape != space.shape or not np.isfinite(state).all():
-        raise DDPGError(f"state {state}, shape {state.shape}: must be finite, shape {space.shape}")
+        raise DDPGError(f"state {state} of shape {state.shape}: finite ones of {space.shape} are due")
     return state
 
 
 def in_bounds(a, space):
-    """An action in [-1, 1]^m becomes one of the space, in its units and bounds (section 3)."""
+    """An action in [-1, 1]^m in the units of its space: -1 is its low, 1 its high (section 3)."""
     low, high = space.low.astype(float), space.high.astype(float)
     return np.clip((high + low) / 2 + (high - low) / 2 * a, low, high).astype(space.dtype)
 
 
 class ReplayBuffer:
-    """The last `capacity` transitions, a float32 row each: s, a, r, s', d (section 4).
-    d is 1 where the episode terminated in s', 0 where it went on or was cut off by a time limit."""
+    """The last `capacity` transitions, a float32 row each: s, a, r, s', d (section 4). d is 1 where
+    the episode terminated in s', else 0, also at a time limit. DDPGError: a reward not finite."""
 
     def __init__(self, capacity, state_size, action_size):
         self.ends = np.cumsum([state_size, action_size, 1, state_size])  # of s, a, r, s' in a row
         self.rows = np.zeros((capacity, self.ends[-1] + 1), np.float32)
-        self.added = 0  # since the beginning, so this also counts the environment's steps
+        self.added = 0  # rows ever added: the number of environment steps so far
         self.mean, self.deviation = np.zeros(state_size), np.ones(state_size)
 
     def add(self, s, a, r, s_next, d):
-        if not abs(r) < np.finfo(np.float32).max:
-            raise DDPGError(f"reward {r}: must be finite")
+        if not abs(r) < 3.4e38:  # where float32 ends; nan is not below it either
+            raise DDPGError(f"reward {r} is not finite: correct the environment")
         self.rows[self.added % len(self.rows)] = np.concatenate([s, a, [r], s_next, [d]])
         self.added += 1
 
     def measure(self):
-        """From now on, the remembered states have mean 0 and deviation 1 in standard units."""
+        """Take mean and deviation from the remembered states; 1 for a number that is constant."""
         states = self.rows[:self.added, :self.ends[0]].astype(float)
         self.mean, deviation = states.mean(axis=0), states.std(axis=0)
-        self.deviation = np.where(deviation > 1e-7 * abs(self.mean), deviation, 1)  # 1 if constant
+        self.deviation = np.where(deviation > 1e-7 * abs(self.mean), deviation, 1)  # or rounding
 
     def standard(self, s):
-        """States (..., state_size) in standard units."""
+        """States (..., state_size) in standard units, those in which mean is 0 and deviation 1."""
         return ((s - self.mean) / self.deviation).astype(np.float32)
 
     def sample(self, rng, *shape):
-        """Rows drawn uniformly with replacement: s, a, r, s', d, each (*shape, its width)."""
+        """Random rows as s, a, r, s', d, each (*shape, its width), states in standard units."""
         rows = self.rows.take(rng.integers(min(self.added, len(self.rows)), size=shape), axis=0)
         s, a, r, s_next, d = np.split(rows, self.ends, axis=-1)
         return self.standard(s), a, r, self.standard(s_next), d
@@ -119,8 +119,8 @@ def soft_update(target, network, tau):
 
 
 class Agent:
-    """Networks, optimizers, memory, and the history of episodes [[steps so far, return], ...].
-    Networks and losses know standard states, actions in [-1, 1]^m. DDPGError for unfit spaces."""
+    """Networks, optimizers, memory, and history: [steps so far, return] of each episode. Networks
+    and losses take states in standard units, actions in [-1, 1]^m. DDPGError for unfit spaces."""
 
     def __init__(self, env, settings):
         states, actions = env.observation_space, env.action_space
@@ -128,7 +128,7 @@ class Agent:
         if not (all(boxes) and actions.is_bounded() and actions.dtype.kind == "f"):
             raise DDPGError(f"observations {states} and actions {actions} must each be a Box of "
                             "one dimension, actions bounded and of floats: wrap the environment")
-        observe(env.reset(seed=settings.seed)[0], states)
+        observe(env.reset(seed=settings.seed)[0], states)  # an unfit state shows here, not later
         (state_size,), (action_size,) = states.shape, actions.shape
         self.settings, self.action_space, self.history = settings, actions, []
         self.buffer = ReplayBuffer(settings.buffer_size, state_size, action_size)
@@ -137,31 +137,31 @@ class Agent:
         self.critic = ann(state_size + action_size, [*settings.hidden, 1], "linear")
         self.target_actor, self.target_critic = copy.deepcopy((self.actor, self.critic))
         self.average_actor = copy.deepcopy(self.actor)  # the final policy (section 8)
-        self.before_tanh = keras.Sequential(self.actor.layers[:-1])  # shares the actor's weights
+        self.before_tanh = keras.Sequential(self.actor.layers[:-1])  # x of tanh(x), same weights
         for network, rate in (self.actor, settings.actor_lr), (self.critic, settings.critic_lr):
             network.optimizer = keras.optimizers.Adam(rate)
-            network.optimizer.build(network.trainable_variables)
+            network.optimizer.build(network.trainable_variables)  # `learn` cannot create any
 
     def critic_loss(self, s, a, r, s_next, d):
         """L = 1/N sum (y - Q(s, a))^2 with y = r + gamma (1 - d) Q'(s', mu'(s')) (section 6).
-        s, s_next: (N, state_size); a: (N, action_size); r, d: (N, 1), for (N,) makes it (N, N)."""
+        s, s_next: (N, state_size); a: (N, action_size); r, d: (N, 1), as (N,) makes y (N, N)."""
         q_next = self.target_critic(tf.concat([s_next, self.target_actor(s_next)], axis=1))
         y = r + self.settings.gamma * (1 - d) * q_next
         return tf.reduce_mean((y - self.critic(tf.concat([s, a], axis=1))) ** 2)
 
     def actor_loss(self, s):
-        """J = -1/N sum Q(s, mu(s)), s: (N, state_size), + a toll where tanh is flat (section 7)."""
-        x = self.before_tanh(s)
+        """J = -1/N sum Q(s, mu(s)), + a toll where tanh is flat (section 7); s: (N, state_size)."""
+        x = self.before_tanh(s)  # mu(s) = tanh(x)
         q = self.critic(tf.concat([s, tf.tanh(x)], axis=1))
         toll = tf.reduce_mean(tf.nn.relu(tf.abs(x) - 5) ** 2)
         return -tf.reduce_mean(q) + toll
 
-    @tf.function(jit_compile=True)  # one call a block, as a call costs more than a step (section 8)
+    @tf.function(jit_compile=True)  # compiled: all gradient steps are one call from Python
     def learn(self, batches):
-        """A gradient step of both networks for each of k batches: s is (k, N, state_size), ...
-        Returns a sum that is finite only if every loss, and every weight in the end, is."""
+        """A gradient step of both networks for each of k batches s, a, r, s', d: (k, N, width)
+        (section 8). Returns a sum that is not finite if a loss or, in the end, a weight is not."""
         total = 0.0
-        for i in tf.range(len(batches[0])):
+        for i in tf.range(len(batches[0])):  # range instead would compile k copies of the body
             s, a, r, s_next, d = [column[i] for column in batches]
             with tf.GradientTape() as tape:
                 critic_loss = self.critic_loss(s, a, r, s_next, d)
@@ -180,16 +180,16 @@ class Agent:
 
 
 def mu(weights, s):
-    """The actor with these weights, of one state: 100 times faster than by Keras (section 8)."""
-    for kernel, bias in zip(weights[::2], weights[1::2]):
-        x = s @ kernel + bias
-        s = np.maximum(x, 0)  # the next layer's input; after the last layer, tanh is due
-    return np.tanh(x)
+    """mu(s) of one state in standard units, in NumPy: Keras takes 100 times as long (section 8)."""
+    *hidden, kernel, bias = weights
+    for w, b in zip(hidden[::2], hidden[1::2]):
+        s = np.maximum(s @ w + b, 0)
+    return np.tanh(s @ kernel + bias)
 
 
 def train(agent, env):
-    """Algorithm 1 (section 9). Yields the return at each episode's end, where a run can be saved,
-    as each episode has random numbers of its own. DDPGError if it cannot go on."""
+    """Algorithm 1 (section 9). Yields each episode's undiscounted return; a run can be saved there,
+    as each episode draws random numbers of its own. DDPGError if something is not finite."""
     settings, buffer, weights = agent.settings, agent.buffer, agent.actor.get_weights()
     while buffer.added < settings.steps:
         rng = np.random.default_rng([settings.seed, len(agent.history)])
@@ -205,9 +205,9 @@ def train(agent, env):
             s_next, r = observe(s_next, env.observation_space), float(np.squeeze(r))
             buffer.add(s, a, r, s_next, bool(terminated))  # a time limit is no end
             s, over, episode_return = s_next, terminated or truncated, episode_return + r
-            learning_for = buffer.added - settings.warmup
-            if learning_for >= 0 and learning_for % settings.block == 0:
-                if learning_for <= 10_000:  # later, the units of what was learned stay
+            since_warmup = buffer.added - settings.warmup
+            if since_warmup >= 0 and since_warmup % settings.block == 0:
+                if since_warmup <= 10_000:  # later, new units would unsettle what was learned
                     buffer.measure()
                 batches = buffer.sample(rng, settings.block, settings.batch_size)
                 if not np.isfinite(agent.learn(batches)):
@@ -228,7 +228,7 @@ def explained(sentence, *errors):
     try:
         yield
     except errors as error:
-        raise DDPGError(f"{sentence} ({error or repr(error)})") from error
+        raise DDPGError(f"{sentence} ({str(error) or repr(error)})") from error
 
 
 def make_settings(**changes):
@@ -270,7 +270,7 @@ def plot(history):
     """The figure of a training: the return of each episode, and the mean of the last ten."""
     figure, axes = plt.subplots(num="ddpg.py", clear=True, layout="constrained")
     steps, returns = np.reshape(history, (-1, 2)).T
-    means = [np.mean(returns[i - 10:i]) for i in range(10, len(returns) + 1)]
+    means = [np.mean(returns[i - 9:i + 1]) for i in range(9, len(returns))]
     axes.plot(steps, returns, ".", alpha=0.5, label="episode")
     axes.plot(steps[9:], means, label="mean of the last ten")
     axes.set(xlabel="environment steps", ylabel="return")
@@ -301,7 +301,7 @@ def read(path):
         with np.load(path) as file:
             arrays = [file[f"arr_{i}"] for i in range(len(file.files) - 1)]  # savez named them so
             rest = json.loads(str(file["rest"]))
-        return make_settings(**rest["settings"]), rest["history"], arrays
+        return vars(make_settings(**rest["settings"])), rest["history"], arrays
 
 
 def restore(agent, history, arrays):
@@ -373,14 +373,14 @@ def main(arguments=None):
     out = asked["out"] or Path("runs", f"{env}-seed{seed}".replace(":", "-").replace("/", "-"))
     path, reuse, status = out / "checkpoint.npz", asked["resume"] or asked["gif"], 2
     try:
-        kept, history, arrays = read(path) if reuse or os.path.exists(path) else (None, [], [])
+        kept, history, arrays = read(path) if reuse or os.path.exists(path) else ({}, [], [])
         if history and not reuse:
             raise DDPGError(f"--out {out} holds a run: add --resume (and more --steps if it is "
                             "finished) to go on, choose another --out, or delete the folder")
-        settings = make_settings(**(vars(kept) if reuse else {}) | given)
-        for name in ("env", "seed", "hidden", "buffer_size") if reuse else ():
-            if vars(settings)[name] != vars(kept)[name]:
-                raise DDPGError(f"{name} {given[name]}: the run in {out} has another; omit it")
+        for name in {"env", "seed", "hidden", "buffer_size"} & given.keys() if reuse else ():
+            if given[name] != kept[name]:
+                raise DDPGError(f"{name} {given[name]}: the run in {out} has {kept[name]}, omit it")
+        settings = make_settings(**(kept | given if reuse else given))
         with explained("choose another --env, or install it", gym.error.Error, ImportError):
             env = gym.make(settings.env)
         agent = Agent(env, settings)
