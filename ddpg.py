@@ -43,8 +43,8 @@ OPTIONS = {  # name: default, least, most, meaning
     "actor_lr": (1e-3, 0, 1, "learning rate of the actor"),
     "critic_lr": (2e-3, 0, 1, "learning rate of the critic"),
     "gamma": (0.99, 0, 1, "discount per step"),
-    "tau": (0.99, 0, 1, "share of itself that a target keeps; the paper's tau is 1 - this"),
-    "noise": (0.25, 0, 10, "sigma of the exploration noise; 1 is half an action's range"),
+    "tau": (0.98, 0, 1, "share of itself that a target keeps; the paper's tau is 1 - this"),
+    "noise": (0.2, 0, 10, "sigma of the exploration noise; 1 is half an action's range"),
     "noise_theta": (1.0, 0, 1, "share of the noise forgotten per step; the paper's is 0.15"),
     "batch_size": (128, 1, 10**6, "transitions in a batch, N"),
     "buffer_size": (100_000, 1, 10**8, "transitions remembered"),
@@ -69,7 +69,7 @@ def observe(state, space):
     """The state as a float32 copy (section 3). DDPGError if not finite, or of another shape."""
     state = np.array(state, np.float32)
     if state.shape != space.shape or not np.isfinite(state).all():
-        raise DDPGError(f"state {state} of shape {state.shape}: finite ones of {space.shape} are due")
+        raise DDPGError(f"state {state}, shape {state.shape}: must be finite, shape {space.shape}")
     return state
 
 
