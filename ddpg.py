@@ -29,9 +29,8 @@ import gymnasium as gym
 import matplotlib.pyplot as plt
 import numpy as np
 
-os.environ["KERAS_BACKEND"] = "tensorflow"
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # fewer messages from TensorFlow
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}  # unless set otherwise
+os.environ.update(quiet | os.environ | {"KERAS_BACKEND": "tensorflow"})
 import keras
 import tensorflow as tf
 
@@ -87,7 +86,7 @@ class ReplayBuffer:
         self.ends = np.cumsum([state_size, action_size, 1, state_size])  # of s, a, r, s' in a row
         self.rows = np.zeros((capacity, self.ends[-1] + 1), np.float32)
         self.added = 0  # rows ever added: the number of environment steps so far
-        self.mean, self.deviation = np.zeros(state_size), np.ones(state_size)
+        self.mean, self.deviation, self.reward_size = np.zeros(state_size), np.ones(state_size), 1.0
 
     def add(self, s, a, r, s_next, d):
         if not abs(r) < 3.4e38:  # where float32 ends; nan is not below it either
@@ -96,20 +95,21 @@ class ReplayBuffer:
         self.added += 1
 
     def measure(self):
-        """Take mean and deviation from the remembered states; 1 for a number that is constant."""
-        states = self.rows[:self.added, :self.ends[0]].astype(float)
-        self.mean, deviation = states.mean(axis=0), states.std(axis=0)
-        self.deviation = np.where(deviation > 1e-7 * abs(self.mean), deviation, 1)  # or rounding
+        """Measure the remembered states, and the root mean square of the rewards."""
+        s, _, r, *_ = np.split(self.rows[:self.added].astype(float), self.ends, axis=1)
+        self.mean, deviation = s.mean(axis=0), s.std(axis=0)
+        self.deviation = np.where(deviation > 1e-7 * abs(self.mean), deviation, 1)  # 1 if constant
+        self.reward_size = (r**2).mean() ** 0.5 or 1.0
 
     def standard(self, s):
         """States (..., state_size) in standard units, those in which mean is 0 and deviation 1."""
         return ((s - self.mean) / self.deviation).astype(np.float32)
 
     def sample(self, rng, *shape):
-        """Random rows as s, a, r, s', d, each (*shape, its width), states in standard units."""
+        """Random rows as s, a, r, s', d, each (*shape, its width), in standard units."""
         rows = self.rows.take(rng.integers(min(self.added, len(self.rows)), size=shape), axis=0)
         s, a, r, s_next, d = np.split(rows, self.ends, axis=-1)
-        return self.standard(s), a, r, self.standard(s_next), d
+        return self.standard(s), a, r / np.float32(self.reward_size), self.standard(s_next), d
 
 
 def soft_update(target, network, tau):
@@ -287,7 +287,8 @@ def variables(agent):
 def save(agent, path):
     """Write all that further training needs, whole or not at all. DDPGError if that fails."""
     part, buffer = path.with_suffix(".part.npz"), agent.buffer  # savez wants .npz at the end
-    arrays = [buffer.rows[:buffer.added], buffer.mean, buffer.deviation, *variables(agent)]
+    arrays = [buffer.rows[:buffer.added], buffer.mean, buffer.deviation, buffer.reward_size,
+              *variables(agent)]
     rest = json.dumps({"settings": vars(agent.settings), "history": agent.history})
     with explained(f"cannot write {path}: make room, or choose another --out", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -306,8 +307,9 @@ def read(path):
 
 def restore(agent, history, arrays):
     """Become the agent that was saved. DDPGError if it had other sizes."""
-    buffer, (rows, buffer.mean, buffer.deviation, *values) = agent.buffer, arrays
+    buffer = agent.buffer
     with explained("the environment had other sizes: choose another --out", ValueError):
+        rows, buffer.mean, buffer.deviation, buffer.reward_size, *values = arrays
         buffer.rows[:len(rows)] = rows
         for variable, value in zip(variables(agent), values, strict=True):
             variable.assign(value)
@@ -324,6 +326,7 @@ def run(agent, env, out):
         for episode_return in train(agent, gym.wrappers.TimeLimit(env, limit)):
             before, step, now = step, agent.buffer.added, time.monotonic()
             if step - before == limit:
+                history.pop()  # as it has no end, it has no return
                 raise DDPGError(f"no end in {limit} steps: register it with max_episode_steps")
             print(f"episode {len(history)}, step {step}/{agent.settings.steps}, return "
                   f"{episode_return:.5g}, mean of ten {np.mean(history[-10:], axis=0)[1]:.5g}, "
