@@ -239,7 +239,7 @@ def test_buffer_keeps_the_newest_rows_and_draws_each_as_often():
 
 @pytest.mark.parametrize("states, mean, deviation", [
     ([2, 4, 9], 5, np.sqrt((9 + 1 + 16) / 3)), ([999e-6, 1001e-6], 1e-3, 1e-6), ([0], 0, 1),
-    ([0.1], 0.1, 1), ([1e6 + 0.1], 1e6, 1)])
+    ([0.1], 0.1, 1), ([1e6, 1e6 + 0.0625], 1e6, 1)])  # neighbours in float32
 def test_measuring_finds_mean_and_deviation_and_1_for_what_never_moved(states, mean, deviation):
     """Of the states in the memory: not of next ones, nor of one that the ring has overwritten.
     Of rewards, here the same numbers, it finds the root mean square, and 1 if all are 0."""
