@@ -377,14 +377,14 @@ def main(arguments=None):
     path, reuse, status = out / "checkpoint.npz", asked["resume"] or asked["gif"], 2
     try:
         kept, history, arrays = read(path) if reuse or os.path.exists(path) else ({}, [], [])
+        settings = make_settings(**(kept | given if reuse else given))
         if history and not reuse:
             raise DDPGError(f"--out {out} holds a run: add --resume (and more --steps if it is "
                             "finished) to go on, choose another --out, or delete the folder")
         for name in {"env", "seed", "hidden", "buffer_size"} & given.keys() if reuse else ():
             if given[name] != kept[name]:
                 raise DDPGError(f"{name} {given[name]}: the run in {out} has {kept[name]}, omit it")
-        settings = make_settings(**(kept | given if reuse else given))
-        with explained("choose another --env, or install it", gym.error.Error, ImportError):
+        with explained(f"--env {settings.env}: choose another", gym.error.Error, ImportError):
             env = gym.make(settings.env)
         agent = Agent(env, settings)
         if reuse:
