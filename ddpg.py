@@ -80,7 +80,7 @@ def in_bounds(a, space):
 
 class ReplayBuffer:
     """The last `capacity` transitions, a float32 row each: s, a, r, s', d (section 4). d is 1 where
-    the episode terminated in s', else 0, also at a time limit. DDPGError: a reward not finite."""
+    the episode terminated in s', else 0, also at a time limit. DDPGError: an unfit reward."""
 
     def __init__(self, capacity, state_size, action_size):
         self.ends = np.cumsum([state_size, action_size, 1, state_size])  # of s, a, r, s' in a row
@@ -89,8 +89,8 @@ class ReplayBuffer:
         self.mean, self.deviation, self.reward_size = np.zeros(state_size), np.ones(state_size), 1.0
 
     def add(self, s, a, r, s_next, d):
-        if not abs(r) < 3.4e38:  # where float32 ends; nan is not below it either
-            raise DDPGError(f"reward {r} is not finite: correct the environment")
+        if np.shape(r) or not abs(r) < 3.4e38:  # where float32 ends; nan is not below it either
+            raise DDPGError(f"reward {r} is not one finite number: correct the environment")
         self.rows[self.added % len(self.rows)] = np.concatenate([s, a, [r], s_next, [d]])
         self.added += 1
 
@@ -202,9 +202,9 @@ def train(agent, env):
                 n = (1 - settings.noise_theta) * n + settings.noise * rng.standard_normal(n.shape)
                 a = np.clip(mu(weights, buffer.standard(s)) + n, -1, 1)
             s_next, r, terminated, truncated, _ = env.step(in_bounds(a, env.action_space))
-            s_next, r = observe(s_next, env.observation_space), float(np.squeeze(r))
+            s_next, r = observe(s_next, env.observation_space), np.array(r, float).squeeze()
             buffer.add(s, a, r, s_next, bool(terminated))  # a time limit is no end
-            s, over, episode_return = s_next, terminated or truncated, episode_return + r
+            s, over, episode_return = s_next, terminated or truncated, episode_return + float(r)
             since_warmup = buffer.added - settings.warmup
             if since_warmup >= 0 and since_warmup % settings.block == 0:
                 if since_warmup <= 10_000:  # later, new units would unsettle what was learned
@@ -319,7 +319,7 @@ def restore(agent, history, arrays):
 
 
 def run(agent, env, out):
-    """Train and evaluate, with checkpoints and, whatever happens, results in the folder `out`."""
+    """Train, with checkpoints and, whatever happens, results in the folder `out`; evaluate."""
     history, limit, began = agent.history, 10 * agent.settings.steps, time.monotonic()
     step, first_step, save_at = agent.buffer.added, agent.buffer.added, began
     try:
@@ -335,9 +335,7 @@ def run(agent, env, out):
             if now >= save_at:
                 save(agent, out / "checkpoint.npz")
                 save_at = time.monotonic() + max(SAVE_EVERY, 20 * (time.monotonic() - now))
-        save(agent, out / "checkpoint.npz")  # whatever happens while it is evaluated
-        mean = np.mean(list(evaluate(agent, env)))
-        print(f"\nmean return of ten episodes without noise: {mean:.5g}; results in {out}")
+        save(agent, out / "checkpoint.npz")
     except DDPGError as error:
         raise DDPGError(f"episode {len(history) + 1}: {error}") from error
     finally:
@@ -347,6 +345,8 @@ def run(agent, env, out):
             plot(history).savefig(out / "returns.png")
             if all(np.isfinite(weight).all() for weight in agent.average_actor.get_weights()):
                 policy(agent).save(out / "actor.keras")
+    mean = np.mean(list(evaluate(agent, env)))
+    print(f"\nmean return of ten episodes without noise: {mean:.5g}; results in {out}")
 
 
 def gif(agent, path):

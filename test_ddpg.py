@@ -78,7 +78,8 @@ class Fails(Line):
         if self.how == "says arrays":
             reward, *over = [np.array([value]) for value in (reward, *over)]
         state = {"state nan": state * np.nan, "state of two": np.zeros(2)}.get(self.how, state)
-        reward = {"nan": np.nan, "-inf": -np.inf, "1e39": 1e39}.get(self.how, reward)
+        reward = {"nan": np.nan, "-inf": -np.inf, "1e39": 1e39, "None": None, "two": [1, 2]}.get(
+            self.how, reward)
         return state, reward, *over, info
 
 
@@ -379,8 +380,8 @@ def test_another_seed_gives_another_run():
     assert not np.allclose(numbers(one)[0], numbers(other)[0], atol=0.1)
 
 
-@pytest.mark.parametrize("how", ["state nan", "nan", "-inf", "1e39"])
-def test_what_is_not_finite_never_reaches_the_memory(how, still):
+@pytest.mark.parametrize("how", ["state nan", "nan", "-inf", "1e39", "None", "two"])
+def test_what_is_no_finite_number_never_reaches_the_memory(how, still):
     agent = small()
     with pytest.raises(ddpg.DDPGError, match="finite"):
         list(ddpg.train(agent, Fails(how, at=7)))
