@@ -83,7 +83,7 @@ class ReplayBuffer:
     the episode terminated in s', else 0, also at a time limit. DDPGError: an unfit reward."""
 
     def __init__(self, capacity, state_size, action_size):
-        self.ends = np.cumsum([state_size, action_size, 1, state_size])  # of s, a, r, s' in a row
+        self.ends = np.cumsum([state_size, action_size, 1, state_size])  # of s, a, r, s' in each row
         self.rows = np.zeros((capacity, self.ends[-1] + 1), np.float32)
         self.added = 0  # rows ever added: the number of environment steps so far
         self.mean, self.deviation, self.reward_size = np.zeros(state_size), np.ones(state_size), 1.0
@@ -98,7 +98,7 @@ class ReplayBuffer:
         """Measure the remembered states, and the root mean square of the rewards."""
         s, _, r, *_ = np.split(self.rows[:self.added].astype(float), self.ends, axis=1)
         self.mean, deviation = s.mean(axis=0), s.std(axis=0)
-        self.deviation = np.where(deviation > 1e-7 * abs(self.mean), deviation, 1)  # 1 if constant
+        self.deviation = np.where(deviation > 1e-7 * abs(self.mean), deviation, 1)  # 1 if at rest
         self.reward_size = (r**2).mean() ** 0.5 or 1.0
 
     def standard(self, s):
@@ -140,13 +140,13 @@ class Agent:
         self.before_tanh = keras.Sequential(self.actor.layers[:-1])  # x of tanh(x), same weights
         for network, rate in (self.actor, settings.actor_lr), (self.critic, settings.critic_lr):
             network.optimizer = keras.optimizers.Adam(rate)
-            network.optimizer.build(network.trainable_variables)  # `learn` cannot create any
+            network.optimizer.build(network.trainable_variables)  # in `learn` it is too late
 
     def critic_loss(self, s, a, r, s_next, d):
         """L = 1/N sum (y - Q(s, a))^2 with y = r + gamma (1 - d) Q'(s', mu'(s')) (section 6).
         s, s_next: (N, state_size); a: (N, action_size); r, d: (N, 1), as (N,) makes y (N, N)."""
         q_next = self.target_critic(tf.concat([s_next, self.target_actor(s_next)], axis=1))
-        y = r + self.settings.gamma * (1 - d) * q_next
+        y = r + self.settings.gamma * (1 - d) * q_next  # constant for the critic's weights
         return tf.reduce_mean((y - self.critic(tf.concat([s, a], axis=1))) ** 2)
 
     def actor_loss(self, s):
@@ -158,8 +158,8 @@ class Agent:
 
     @tf.function(jit_compile=True)  # compiled: all gradient steps are one call from Python
     def learn(self, batches):
-        """A gradient step of both networks for each of k batches s, a, r, s', d: (k, N, width)
-        (section 8). Returns a sum that is not finite if a loss or, in the end, a weight is not."""
+        """A gradient step of both networks for each of k batches: arrays s, a, r, s', d, each
+        (k, N, width) (section 8). The sum it returns is finite if all losses and weights are."""
         total = 0.0
         for i in tf.range(len(batches[0])):  # range instead would compile k copies of the body
             s, a, r, s_next, d = [column[i] for column in batches]
@@ -259,8 +259,8 @@ def evaluate(agent, env):
 
 def policy(agent):
     """The average actor as a Keras model (N, state_size) -> (N, action_size) in the env's units."""
-    mean, deviation, space = agent.buffer.mean, agent.buffer.deviation, agent.action_space
-    middle, highest = (in_bounds(np.full(space.shape, a), space) for a in (0, 1))
+    mean, deviation = agent.buffer.mean, agent.buffer.deviation
+    middle, highest = in_bounds(0, agent.action_space), in_bounds(1, agent.action_space)
     return keras.Sequential([
         keras.Input(mean.shape), keras.layers.Rescaling(1 / deviation, -mean / deviation),
         agent.average_actor, keras.layers.Rescaling(highest - middle, middle)])
@@ -269,8 +269,8 @@ def policy(agent):
 def plot(history):
     """The figure of a training: the return of each episode, and the mean of the last ten."""
     figure, axes = plt.subplots(num="ddpg.py", clear=True, layout="constrained")
-    steps, returns = np.reshape(history, (-1, 2)).T
-    means = [np.mean(returns[i - 9:i + 1]) for i in range(9, len(returns))]
+    steps, returns = np.reshape(history, (-1, 2)).T  # also of no episode
+    means = [returns[i:i + 10].mean() for i in range(len(returns) - 9)]
     axes.plot(steps, returns, ".", alpha=0.5, label="episode")
     axes.plot(steps[9:], means, label="mean of the last ten")
     axes.set(xlabel="environment steps", ylabel="return")
@@ -279,20 +279,21 @@ def plot(history):
 
 
 def variables(agent):
+    """All that learning changes, always in this order; learning rates are settings."""
     parts = (agent.actor, agent.critic, agent.target_actor, agent.target_critic,
              agent.average_actor, agent.actor.optimizer, agent.critic.optimizer)
-    return [variable for part in parts for variable in part.variables]
+    return [v for part in parts for v in part.variables if v.name != "learning_rate"]
 
 
 def save(agent, path):
     """Write all that further training needs, whole or not at all. DDPGError if that fails."""
     part, buffer = path.with_suffix(".part.npz"), agent.buffer  # savez wants .npz at the end
-    arrays = [buffer.rows[:buffer.added], buffer.mean, buffer.deviation, buffer.reward_size,
-              *variables(agent)]
-    rest = json.dumps({"settings": vars(agent.settings), "history": agent.history})
+    texts = json.dumps(vars(agent.settings)), json.dumps(agent.history)
+    arrays = [*texts, buffer.rows[:buffer.added], buffer.mean, buffer.deviation,
+              buffer.reward_size, *variables(agent)]
     with explained(f"cannot write {path}: make room, or choose another --out", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(part, *map(np.asarray, arrays), rest=rest)
+        np.savez(part, *map(np.asarray, arrays))
         part.replace(path)
 
 
@@ -300,9 +301,8 @@ def read(path):
     """What `save` wrote: settings, history, arrays. DDPGError if it is not there or damaged."""
     with explained(f"cannot read {path}: train first, or choose another --out", Exception):
         with np.load(path) as file:
-            arrays = [file[f"arr_{i}"] for i in range(len(file.files) - 1)]  # savez named them so
-            rest = json.loads(str(file["rest"]))
-        return vars(make_settings(**rest["settings"])), rest["history"], arrays
+            settings, history, *arrays = file.values()
+        return vars(make_settings(**json.loads(str(settings)))), json.loads(str(history)), arrays
 
 
 def restore(agent, history, arrays):
@@ -314,27 +314,25 @@ def restore(agent, history, arrays):
         for variable, value in zip(variables(agent), values, strict=True):
             variable.assign(value)
     agent.history, buffer.added = history, history[-1][0] if history else 0
-    agent.actor.optimizer.learning_rate = agent.settings.actor_lr  # it may be given anew
-    agent.critic.optimizer.learning_rate = agent.settings.critic_lr
 
 
 def run(agent, env, out):
     """Train, with checkpoints and, whatever happens, results in the folder `out`; evaluate."""
-    history, limit, began = agent.history, 10 * agent.settings.steps, time.monotonic()
-    step, first_step, save_at = agent.buffer.added, agent.buffer.added, began
+    history, steps, step = agent.history, agent.settings.steps, agent.buffer.added
+    began, first_step, save_at, limit = time.perf_counter(), step, 0, max(10 * steps, 10_000)
     try:
         for episode_return in train(agent, gym.wrappers.TimeLimit(env, limit)):
-            before, step, now = step, agent.buffer.added, time.monotonic()
+            before, step, now = step, agent.buffer.added, time.perf_counter()
             if step - before == limit:
                 history.pop()  # as it has no end, it has no return
                 raise DDPGError(f"no end in {limit} steps: register it with max_episode_steps")
-            print(f"episode {len(history)}, step {step}/{agent.settings.steps}, return "
-                  f"{episode_return:.5g}, mean of ten {np.mean(history[-10:], axis=0)[1]:.5g}, "
-                  f"{(step - first_step) / (now - began):.0f} steps/s".ljust(80),
-                  end="\r" if sys.stdout.isatty() else "\n", flush=True)
+            print(f"episode {len(history)}, step {step}/{steps}, return {episode_return:.5g}, "
+                  f"mean of ten {np.mean(history[-10:], axis=0)[1]:.5g}, "
+                  f"{(step - first_step) / (now - began):.0f} steps/s", flush=True)
             if now >= save_at:
                 save(agent, out / "checkpoint.npz")
-                save_at = time.monotonic() + max(SAVE_EVERY, 20 * (time.monotonic() - now))
+                saved = time.perf_counter()
+                save_at = saved + max(SAVE_EVERY, 20 * (saved - now))
         save(agent, out / "checkpoint.npz")
     except DDPGError as error:
         raise DDPGError(f"episode {len(history) + 1}: {error}") from error
@@ -342,11 +340,11 @@ def run(agent, env, out):
         rows = [f"{i},{step},{total}\n" for i, (step, total) in enumerate(history, 1)]
         with explained(f"cannot write to {out}: make room, then --resume", OSError):
             (out / "returns.csv").write_text("episode,steps,return\n" + "".join(rows))
-            plot(history).savefig(out / "returns.png")
             if all(np.isfinite(weight).all() for weight in agent.average_actor.get_weights()):
                 policy(agent).save(out / "actor.keras")
+            plot(history).savefig(out / "returns.png")
     mean = np.mean(list(evaluate(agent, env)))
-    print(f"\nmean return of ten episodes without noise: {mean:.5g}; results in {out}")
+    print(f"mean return of ten episodes without noise: {mean:.5g}; results in {out}")
 
 
 def gif(agent, path):
@@ -372,8 +370,8 @@ def main(arguments=None):
     parser.add_argument("--gif", action="store_true", help="play its policy once into policy.gif")
     asked = vars(parser.parse_args(arguments))
     given = {name: asked[name] for name in OPTIONS if asked[name] is not None}
-    env, seed = (given.get(name, OPTIONS[name][0]) for name in ("env", "seed"))
-    out = asked["out"] or Path("runs", f"{env}-seed{seed}".replace(":", "-").replace("/", "-"))
+    env_id, seed = (given.get(name, OPTIONS[name][0]) for name in ("env", "seed"))
+    out = asked["out"] or Path("runs", f"{env_id}-seed{seed}".replace(":", "-").replace("/", "-"))
     path, reuse, status = out / "checkpoint.npz", asked["resume"] or asked["gif"], 2
     try:
         kept, history, arrays = read(path) if reuse or os.path.exists(path) else ({}, [], [])
@@ -381,8 +379,8 @@ def main(arguments=None):
         if history and not reuse:
             raise DDPGError(f"--out {out} holds a run: add --resume (and more --steps if it is "
                             "finished) to go on, choose another --out, or delete the folder")
-        for name in {"env", "seed", "hidden", "buffer_size"} & given.keys() if reuse else ():
-            if given[name] != kept[name]:
+        for name in {"env", "seed", "hidden", "buffer_size"} & given.keys():
+            if reuse and given[name] != kept[name]:
                 raise DDPGError(f"{name} {given[name]}: the run in {out} has {kept[name]}, omit it")
         with explained(f"--env {settings.env}: choose another", gym.error.Error, ImportError):
             env = gym.make(settings.env)
