@@ -29,7 +29,7 @@ import gymnasium as gym
 import matplotlib.pyplot as plt
 import numpy as np
 
-quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}  # unless set otherwise
+quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}  # what is set stays
 os.environ.update(quiet | os.environ | {"KERAS_BACKEND": "tensorflow"})
 import keras
 import tensorflow as tf
@@ -83,7 +83,7 @@ class ReplayBuffer:
     the episode terminated in s', else 0, also at a time limit. DDPGError: an unfit reward."""
 
     def __init__(self, capacity, state_size, action_size):
-        self.ends = np.cumsum([state_size, action_size, 1, state_size])  # of s, a, r, s' in each row
+        self.ends = np.cumsum([state_size, action_size, 1, state_size])  # where s, a, r, s' end
         self.rows = np.zeros((capacity, self.ends[-1] + 1), np.float32)
         self.added = 0  # rows ever added: the number of environment steps so far
         self.mean, self.deviation, self.reward_size = np.zeros(state_size), np.ones(state_size), 1.0
@@ -236,7 +236,7 @@ def make_settings(**changes):
     settings = argparse.Namespace(**({name: row[0] for name, row in OPTIONS.items()} | changes))
     for name, value in vars(settings).items():
         _, least, most, _ = OPTIONS[name]
-        if name != "env" and not all(least <= number <= most for number in np.ravel(value)):
+        if least is not None and not all(least <= n <= most for n in np.ravel(value)):
             raise DDPGError(f"{name} {value} is out of range: choose {least} to {most}")
     if settings.steps <= settings.warmup:
         raise DDPGError(f"steps {settings.steps}: choose more than the {settings.warmup} of warmup")
@@ -331,8 +331,7 @@ def run(agent, env, out):
                   f"{(step - first_step) / (now - began):.0f} steps/s", flush=True)
             if now >= save_at:
                 save(agent, out / "checkpoint.npz")
-                saved = time.perf_counter()
-                save_at = saved + max(SAVE_EVERY, 20 * (saved - now))
+                save_at = now + max(SAVE_EVERY, 20 * (time.perf_counter() - now))
         save(agent, out / "checkpoint.npz")
     except DDPGError as error:
         raise DDPGError(f"episode {len(history) + 1}: {error}") from error
@@ -397,7 +396,7 @@ def main(arguments=None):
             plt.show()
         return 0
     except DDPGError as error:
-        print("ddpg.py:", *str(error).split(), file=sys.stderr)
+        print("ddpg.py:", *str(error).split(), file=sys.stderr)  # in one line
         return status
     except KeyboardInterrupt:
         print(f'\ninterrupted: python ddpg.py --resume --out "{out}" goes on')
