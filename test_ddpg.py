@@ -1,14 +1,14 @@
-"""Statements about DDPG, then about the program around it. `python -m pytest` runs them."""
+"""DDPG in statements: by hand, in a world, as a program. `python -m pytest` checks all of them,
+`python -m pytest -k noise` those with this word in their names."""
 
 import contextlib
-import json
+import importlib
 import os
 import re
-import resource
-import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import ddpg  # first, as it silences what TensorFlow says when it starts
 import gymnasium as gym
@@ -16,77 +16,342 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from gymnasium.spaces import Box, Discrete
+from numpy.testing import assert_allclose
 from PIL import Image
+from pytest import approx, fixture, raises
 
 HERE = Path(__file__).parent
+COMPILED = ddpg.Agent.learn
+parametrize = pytest.mark.parametrize
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation", "ignore:.*render_mode")
 tf.config.threading.set_intra_op_parallelism_threads(1)
-signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C is heard, whatever the shell set
-MACHINE_CODE = ddpg.Agent.learn
-ddpg.Agent.learn = tf.function(MACHINE_CODE.python_function)  # a second less for each Agent
 
 
+@fixture(scope="module", autouse=True)
+def uncompiled():
+    """In these tests `learn` is not compiled to machine code, which takes a second for each Agent.
+    Those that are about the machine code ask for the fixture `compiled`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ddpg.Agent, "learn", tf.function(COMPILED.python_function))
+        yield
+
+
+# Part 1. DDPG by hand: numbers to check with a pencil, and no environment.
+BATCH = np.float32([
+    [0, 1, 2],  # s
+    [0, 0.5, -0.5],  # a
+    [1, 2, 3],  # r
+    [1, 2, -1],  # s'
+    [0, 1, 0],  # d
+])[:, :, None]  # each a column, of shape (3, 1)
+
+
+def test_critic_loss_equals_the_sum_done_by_hand():
+    """y = r + 0.5 (1 - d) Q': 1 + 0.5 (2 + 1) = 2.5, 2 (terminated), 3 + 0.5 (-2 - 1) = 1.5.
+    Q = s + 6 a: 0, 4, -1. L = (2.5^2 + 2^2 + 2.5^2) / 3 = 5.5."""
+    assert float(by_hand().critic_loss(*BATCH)) == approx(5.5)
+
+
+def by_hand(module=ddpg, **changes):
+    """Networks to calculate with: mu(s) = tanh(s), Q = s + 6 a, mu'(1) = 1/2 = -mu'(-1),
+    Q' = 2 s + 2 a; and gamma is 1/2."""
+    agent = small(spaces(), module, hidden=[], gamma=0.5, **changes)
+    become(agent.actor, 1)
+    become(agent.critic, 1, 6)
+    become(agent.target_actor, np.arctanh(0.5))
+    become(agent.target_critic, 2, 2)
+    return agent
+
+
+def become(network, *weights):
+    """A network without hidden layers gets these weights and no bias."""
+    network.set_weights([np.reshape(weights, (-1, 1)), np.zeros(1)])
+
+
+def small(env, module=ddpg, **changes):
+    """An agent with small networks that begins to learn early."""
+    usual = {"hidden": [4], "batch_size": 4, "warmup": 4, "block": 4, "steps": 100}
+    return module.Agent(env, module.make_settings(**usual | changes))
+
+
+def spaces(states=1, actions=1):
+    """What an Agent has to know of an environment."""
+    return SimpleNamespace(observation_space=Box(-np.inf, np.inf, (states,)),
+                           action_space=Box(-1, 1, (actions,)))
+
+
+def flat(network):
+    """All weights in a row."""
+    return np.concatenate([weight.ravel() for weight in network.get_weights()]).tolist()
+
+
+def numbers(agent):
+    """All that learning changes, by name."""
+    return {name: np.array(variable) for name, variable in ddpg.learned(agent).items()}
+
+
+def same(first, second):
+    """Whether arrays with the same names are equal to the last digit."""
+    return first.keys() == second.keys() and all(
+        np.array_equal(first[name], second[name]) for name in first)
+
+
+def test_doubt_lowers_q_next_by_its_distance_to_the_critic():
+    """Once an episode has terminated, Q' = 3 loses a quarter of its distance to Q = 4, and Q' = -3
+    loses all of that to Q = -4. y = 2.375, 2, 1 and L = (2.375^2 + 2^2 + 2^2) / 3."""
+    agent = by_hand()
+    agent.ended.assign(1)
+    assert float(agent.critic_loss(*BATCH)) == approx(4.547, abs=1e-3)
+
+
+def test_doubt_begins_with_the_first_transition_that_terminated():
+    agent = by_hand()
+    *others, d = BATCH
+    began = []
+    for ends in (0 * d, d, 0 * d):
+        agent.gradient_step(*others, ends)
+        began.append(float(agent.ended))
+    assert began == [0, 1, 1]
+
+
+def test_y_is_constant_for_the_gradient():
+    """With y as above, dL/dw = -2/3 sum (y - Q) dQ/dw: for the weight of s -2/3 (0 - 2 + 4),
+    for that of a -2/3 (0 - 1 - 1), for the bias -2/3 (2.25 - 2 + 2)."""
+    agent = by_hand()
+    agent.ended.assign(1)
+    with tf.GradientTape() as tape:
+        loss = agent.critic_loss(*BATCH)
+    kernel, bias = tape.gradient(loss, agent.critic.trainable_variables)
+    assert np.concatenate([kernel[:, 0], bias]) == approx([-4 / 3, 4 / 3, -1.5])
+
+
+def test_actor_loss_is_minus_the_mean_value_of_its_actions():
+    """Q(s, mu(s)) = s + 6 tanh(s): 5.57 at s = 1, and -7.78 at s = -2."""
+    loss = by_hand().actor_loss(np.float32([[1], [-2]]))
+    assert float(loss) == approx(-(5.57 - 7.78) / 2, abs=0.01)
+
+
+def test_penalty_is_the_square_beyond_5_where_tanh_is_flat():
+    """At s = 20 and -19: (15^2 + 14^2) / 2 = 210.5, less the mean value (26 - 25) / 2."""
+    loss = by_hand().actor_loss(np.float32([[20], [-19]]))
+    assert float(loss) == approx(210)
+
+
+def test_actor_gradient_is_the_chain_rule_and_raises_q():
+    """The tape's gradient of the loss is -1/N sum dQ/da dmu/dtheta, with dQ/da computed apart."""
+    agent = small(spaces(3, 2))
+    s = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    theta = agent.actor.trainable_variables
+    with tf.GradientTape(persistent=True) as tape:
+        loss = agent.actor_loss(s)
+        a = agent.actor(s)
+        value = ddpg.q(agent.critic, s, a)
+    dq_da = tape.gradient(value, a)
+    direct = tape.gradient(loss, theta)
+    chain = tape.gradient(a, theta, output_gradients=-dq_da / 5)
+    for weight, one, other in zip(theta, direct, chain, strict=True):
+        assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+        weight.assign(weight - 0.01 * one)
+    assert agent.actor_loss(s) < loss
+
+
+def test_networks_have_the_hidden_layers_of_the_settings():
+    """From 3 to 5 to 7 to 2 numbers, and from 3 + 2 to 5 to 7 to 1: kernels and biases."""
+    agent = small(spaces(3, 2), hidden=[5, 7])
+    assert agent.actor.count_params() == 15 + 5 + 35 + 7 + 14 + 2
+    assert agent.critic.count_params() == 25 + 5 + 35 + 7 + 7 + 1
+
+
+def test_targets_start_as_copies_that_do_not_move_along():
+    agent = small(spaces())
+    actor = flat(agent.actor)
+    critic = flat(agent.critic)
+    for network in (agent.actor, agent.critic):
+        network.set_weights([weight + 1 for weight in network.get_weights()])
+    assert flat(agent.target_actor) == flat(agent.final_actor) == actor
+    assert flat(agent.target_critic) == critic
+
+
+def test_a_step_moves_the_critic_then_the_actor_then_the_targets():
+    """The first step of Adam moves a weight by its rate. Q = a / 2 is above y = -9 at s = a = 1, so
+    each weight of the critic falls by 1. As Q falls with a from now on, the actor, 0 before, falls
+    by 0.1. The targets, 0 before, keep 3/4 of themselves."""
+    agent = by_hand(critic_lr=1.0, actor_lr=0.1, tau=0.75)
+    become(agent.critic, 0, 0.5)
+    become(agent.actor, 0)
+    become(agent.target_actor, 0)
+    become(agent.target_critic, 0, 0)
+    agent.gradient_step(*np.float32([1, 1, -9, 1, 1]).reshape(5, 1, 1))
+    assert flat(agent.critic) == approx([-1, -0.5, -1], rel=1e-3)
+    assert flat(agent.actor) == approx([-0.1, -0.1], rel=1e-3)
+    assert flat(agent.target_critic) == approx([-0.25, -0.125, -0.25], rel=1e-3)
+    assert flat(agent.target_actor) == approx([-0.025, -0.025], rel=1e-3)
+
+
+def test_the_average_keeps_t_of_t_plus_4_parts_of_itself():
+    """From 0 towards an actor that rests at 1: 4/5 in step 1, then 2/6 4/5 + 4/6 = 14/15."""
+    agent = by_hand(actor_lr=0.0)
+    become(agent.final_actor, 0)
+    for expected in (4 / 5, 14 / 15):
+        agent.gradient_step(*BATCH)
+        assert flat(agent.final_actor) == approx([expected, 0])
+
+
+@fixture
+def compiled(monkeypatch):
+    monkeypatch.setattr(ddpg.Agent, "learn", COMPILED)
+
+
+def test_a_block_of_steps_equals_blocks_of_one_compiled_or_not(compiled):
+    batches = np.random.default_rng(0).normal(size=(5, 3, 4, 1)).astype(np.float32)
+    together = small(spaces(), tau=0.9)
+    together.learn(list(batches))
+    apart = small(spaces(), tau=0.9)
+    for i in range(3):
+        apart.gradient_step(*batches[:, i])
+    expected = numbers(apart)
+    for name, number in numbers(together).items():
+        assert_allclose(number, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_buffer_keeps_the_newest_rows_and_draws_each_as_often():
+    """10,000 draws from the last 10 of 25 rows: 1,000 of each, with standard deviation 30."""
+    buffer = ddpg.ReplayBuffer(10, 1, 1)
+    rows = [[i, 100 + i, 200 + i, 300 + i, i % 2] for i in range(25)]
+    for row in rows:
+        buffer.add(*row)
+    columns = buffer.sample(np.random.default_rng(1), 100, 100)
+    samples = np.concatenate(columns, axis=2).reshape(-1, 5)
+    drawn, counts = np.unique(samples, axis=0, return_counts=True)
+    assert drawn.tolist() == rows[15:]
+    assert abs(counts - 1000).max() < 120
+
+
+def test_a_sample_is_in_standard_units():
+    """States 1 and 3 have mean 2 and deviation 1; rewards 1 and 7, here times 10^30, have root mean
+    square 5. What the buffer has room for, but was not added, counts for nothing."""
+    buffer = ddpg.ReplayBuffer(9, 1, 1)
+    buffer.add(1, 0.25, 1e30, 2, 0)
+    buffer.add(3, 0.5, 7e30, 5, 1)
+    buffer.measure()
+    columns = buffer.sample(np.random.default_rng(0), 1, 50)
+    drawn = np.unique(np.concatenate(columns, axis=2)[0], axis=0)
+    assert_allclose(drawn, [[-1, 0.25, 0.2, 0, 0], [1, 0.5, 1.4, 3, 1]], rtol=1e-6)
+
+
+@parametrize("states, std", [
+    ([999e-6, 1001e-6], 1e-6),
+    ([0], 1),
+    ([1e6, 1e6 + 0.0625], 1),  # neighbours in float32
+])
+def test_a_state_that_never_moved_has_deviation_1(states, std):
+    """And rewards that are all 0 have size 1."""
+    buffer = ddpg.ReplayBuffer(2000, 1, 1)
+    for s in states * 1000:
+        buffer.add(s, 0, 0, 0, 0)
+    buffer.measure()
+    assert buffer.std == approx(std, rel=1e-3)
+    assert buffer.reward_rms == 1
+
+
+@parametrize("kind", [np.float32, np.float64])
+def test_rounding_takes_no_action_out_of_its_bounds_however_far_apart(kind):
+    bounds = np.random.default_rng(0).normal(size=(2, 1000)).astype(kind)
+    bounds[:, 0] = np.finfo(kind).max * np.array([-1, 1])
+    space = Box(*np.sort(bounds, axis=0), dtype=kind)
+    for a in (-1, -0.3, 0, 1):
+        assert space.contains(ddpg.rescale(np.full(1000, a), space))
+
+
+def test_settings_are_fixed_once_made():
+    with raises(AttributeError):
+        ddpg.make_settings().gamma = 0.5
+
+
+# Part 2. DDPG in a world.
 class Line(gym.Env):
-    """x' = keep x + push a, reward -price (x^2 + effort a^2), x0 in [-1, 1]; `length` steps long.
-    The state is scale x + shift, `size` times, all but the first at rest until step `wakes`."""
+    """x' = 0.8 x + 0.5 a, reward -(x^2 + 0.1 a^2), x0 in [-1, 1]. An episode has `length` steps."""
 
-    def __init__(self, low=(-2,), high=(2,), length=20, terminates=False, size=1, keep=1, push=1,
-                 effort=1, price=1, scale=1, shift=0, wakes=0, observations=None, actions=None):
-        self.action_space = actions or gym.spaces.Box(np.float32(low), np.float32(high))
-        self.observation_space = observations or gym.spaces.Box(-np.inf, np.inf, (size,))
-        self.length, self.terminates, self.keep, self.push = length, terminates, keep, push
-        self.effort, self.price, self.wakes = effort, price, wakes
-        self.scale, self.shift = scale, shift
-        self.state, self.actions = np.zeros(size, np.float32), []  # the actions of all episodes
+    observation_space = Box(-np.inf, np.inf, (1,))
+    length = 20
+    terminates = False  # it is truncated
+
+    def __init__(self, low=(-1.2,), high=(1.2,), **changes):
+        self.action_space = Box(np.float32(low), np.float32(high))
+        self.x = np.zeros(1, np.float32)
+        self.actions = []  # of all episodes
+        vars(self).update(changes)
+
+    def see(self):
+        return self.x  # the same array every time, as fast environments do
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
-        self.steps, self.x = 0, self.np_random.uniform(-1, 1)
+        self.x[:] = self.np_random.uniform(-1, 1)
+        self.steps = 0
         return self.see(), {}
-
-    def see(self):
-        self.state[:] = self.shift
-        self.state[:1 if len(self.actions) < self.wakes else None] += self.scale * self.x
-        return self.state  # the same array every time, as fast environments do
 
     def step(self, action):
         assert self.action_space.contains(action), action
         self.actions.append(action)
-        reward = -self.price * float(self.x**2 + self.effort * action[0] ** 2)
-        self.x, self.steps = self.keep * self.x + self.push * float(action[0]), self.steps + 1
+        self.steps += 1
+        reward = -float(self.x[0] ** 2 + 0.1 * action[0] ** 2)
+        self.x[:] = 0.8 * self.x + 0.5 * action[0]
         over = self.steps == self.length
         return self.see(), reward, over and self.terminates, over and not self.terminates, {}
 
 
-class Fails(Line):
-    """A Line in which something is wrong in step `at` of its life, and from then on."""
-
-    def __init__(self, how, at, **arguments):
-        super().__init__(**arguments)
-        self.how, self.at = how, at
-
-    def step(self, action):
-        state, reward, *over, info = super().step(action)
-        if len(self.actions) < self.at:
-            return state, reward, *over, info
-        if self.how == "Ctrl-C" and len(self.actions) == self.at:
-            signal.raise_signal(signal.SIGINT)
-        if self.how == "raises":
-            raise RuntimeError("unplugged")
-        if self.how == "never ends":
-            over = [False, False]
-        if self.how == "says arrays":
-            reward, *over = [np.array([value]) for value in (reward, *over)]
-        state = {"state nan": state * np.nan, "state of two": np.zeros(2)}.get(self.how, state)
-        reward = {"None": None, "-inf": -np.inf, "1e39": 1e39, "two": [1, 2]}.get(self.how, reward)
-        return state, reward, *over, info
+def without_additions():
+    """ddpg.py without the lines that end in `# +` and a word: the paper's algorithm."""
+    program = (HERE / "ddpg.py").read_text(encoding="utf-8")
+    return re.sub(r".*# \+ \w.*\n", "", program)
 
 
-def small(environment=None, **changes):
-    """An agent with small networks and a short warm-up, for a Line unless told otherwise."""
-    changes = {"hidden": [4], "batch_size": 4, "warmup": 4, "block": 4, "steps": 100,
-               "buffer_size": 1000} | changes
-    return ddpg.Agent(environment or Line(), ddpg.make_settings(**changes))
+@fixture(scope="module")
+def plain(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain")
+    (folder / "plain_ddpg.py").write_text(without_additions(), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        return importlib.import_module("plain_ddpg")
+
+
+@fixture(params=["with additions", "plain"])
+def either(request, plain, compiled):
+    """The program with and without what it adds to the paper."""
+    return plain if request.param == "plain" else ddpg
+
+
+def test_without_additions_the_critic_loss_is_that_of_the_paper(plain):
+    """The number of the first test, also after an episode has terminated."""
+    agent = by_hand(plain, critic_lr=0.0, tau=1.0)
+    agent.gradient_step(*BATCH)
+    assert float(agent.critic_loss(*BATCH)) == approx(5.5)
+
+
+def test_it_finds_the_linear_quadratic_optimum(either):
+    """Riccati: no policy beats -P_5 x0^2, with P_0 = 0 and
+    P_k+1 = 1 + 0.64 P_k - (0.4 P_k)^2 / (0.1 + 0.25 P_k)."""
+    p = 0.0
+    for _ in range(5):
+        p = 1 + 0.64 * p - (0.4 * p) ** 2 / (0.1 + 0.25 * p)
+    env = Line(length=5)
+    agent = either.Agent(env, either.make_settings(steps=2000, warmup=200))
+    list(either.train(agent, env))
+    returns = np.array(list(either.evaluate(agent, env)))
+    starts = [env.reset(seed=n)[0].item() for n in ddpg.EVALUATION_SEEDS]
+    optimum = -p * np.square(starts)
+    assert np.all(returns <= optimum + 1e-4)
+    assert sum(returns) > 1.05 * sum(optimum)
+
+
+def test_a_pendulum_stands_up_within_30_episodes(either):
+    """A policy that needs one swing more from each start gives -200 or less."""
+    env = gym.make("Pendulum-v1")
+    agent = either.Agent(env, either.make_settings(steps=6000, seed=100))
+    list(either.train(agent, env))
+    assert np.mean(list(either.evaluate(agent, env))) > -170
 
 
 def trained(env, **changes):
@@ -95,326 +360,231 @@ def trained(env, **changes):
     return agent
 
 
-def by_hand(**changes):
-    """Linear networks with numbers to calculate with: mu(s) = tanh(s), Q = s + 6 a + 1,
-    mu'(1) = 1/2 = -mu'(-1), Q' = 2 s + 2 a."""
-    agent = small(hidden=[], gamma=0.5, **changes)
-    agent.actor.set_weights([np.array([[1.0]]), np.array([0.0])])
-    agent.critic.set_weights([np.array([[1.0], [6.0]]), np.array([1.0])])
-    agent.target_actor.set_weights([np.array([[np.arctanh(0.5)]]), np.array([0.0])])
-    agent.target_critic.set_weights([np.array([[2.0], [2.0]]), np.array([0.0])])
-    return agent
-
-
-def random_batches(k, n):
-    """k batches of n random transitions of a Line, as learn takes them."""
-    return list(np.random.default_rng(0).normal(size=(5, k, n, 1)).astype(np.float32))
-
-
 def remembered(agent):
-    """s, a, r, s', d of the steps so far, a column or more of each."""
-    return np.split(agent.buffer.rows[:agent.buffer.added], agent.buffer.ends, axis=1)
+    """The rows s, a, r, s', d of the steps so far."""
+    return agent.buffer.rows[:agent.buffer.steps]
 
 
-def flat(network):
-    return np.concatenate([weight.ravel() for weight in network.get_weights()]).tolist()
-
-
-def numbers(agent):
-    """All that learning changes."""
-    return [np.asarray(variable) for variable in ddpg.variables(agent)]
-
-
-def same(first, second):
-    """Whether two lists of arrays are equal to the last digit."""
-    return all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-@pytest.fixture
+@fixture
 def still(monkeypatch):
     """The networks stay as they are."""
-    monkeypatch.setattr(ddpg.Agent, "learn", lambda agent, batches: 0.0)
+    monkeypatch.setattr(ddpg.Agent, "learn", lambda agent, batches: None)
 
 
-def test_critic_loss_equals_the_sum_done_by_hand():
-    """y = r + 0.5 (1 - d) Q': 1 + 0.5 (2 + 1) = 2.5, 2 (terminated), 3 + 0.5 (-2 - 1) = 1.5.
-    Q = s + 6 a + 1: 1, 5, 0.  L = (1.5^2 + 3^2 + 1.5^2) / 3 = 4.5."""
-    s, a, r, s_next, d = np.float32(
-        [[0, 1, 2], [0, 0.5, -0.5], [1, 2, 3], [1, 2, -1], [0, 1, 0]])[:, :, None]
-    assert float(by_hand().critic_loss(s, a, r, s_next, d)) == pytest.approx(4.5)
+@parametrize("terminates", [True, False])
+def test_the_loop_stores_terminated_but_not_truncated(terminates, still):
+    """Only what terminates loses its future: r + gamma Q' is kept for what was merely cut off."""
+    rows = remembered(trained(Line(length=3, terminates=terminates), steps=6))
+    assert rows["d"].ravel().tolist() == [0, 0, terminates] * 2
 
 
-def test_actor_loss_is_minus_the_mean_value_of_its_actions_and_a_toll_where_tanh_is_flat():
-    """Q(s, mu(s)) = s + 6 tanh(s) + 1 at s = 1, -2, 20 and -19: the last two cost 15^2 and 14^2."""
-    values = [2 + 6 * np.tanh(1), -1 - 6 * np.tanh(2), 27, -24]
-    loss = by_hand().actor_loss(np.float32([[1], [-2], [20], [-19]]))
-    assert float(loss) == pytest.approx(-np.mean(values) + (15**2 + 14**2) / 4)
+def test_the_loop_stores_what_happened_though_the_world_reuses_its_array(still):
+    rows = remembered(trained(Line(length=3), steps=6))
+    s = rows["s"]
+    a = 1.2 * rows["a"]  # in the bounds of Line
+    assert_allclose(rows["s_next"], 0.8 * s + 0.5 * a, atol=1e-6)
+    assert_allclose(rows["r"], -(s**2 + 0.1 * a**2), atol=1e-6)
+    follows = (rows["s_next"][:-1] == s[1:]).ravel().tolist()
+    assert follows == [True, True, False, True, True]  # two episodes
 
 
-def test_actor_gradient_is_the_chain_rule_and_raises_q():
-    """The tape's gradient of J equals -1/N sum dQ/da dmu/dtheta, dQ/da computed apart, fed in."""
-    agent = small(Line(low=(-1, -3), high=(2, 5), size=3))
-    s = tf.constant(np.random.default_rng(0).normal(size=(5, 3)), tf.float32)
-    with tf.GradientTape(persistent=True) as tape:
-        loss, a = agent.actor_loss(s), agent.actor(s)
-        q = agent.critic(tf.concat([s, a], axis=1))
-    theta = agent.actor.trainable_variables
-    direct, dq_da = tape.gradient(loss, theta), tape.gradient(q, a)
-    fed_in = tape.gradient(a, theta, output_gradients=-dq_da / 5)
-    for weight, one, other in zip(theta, direct, fed_in, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
-        weight.assign(weight - 0.01 * one)
-    assert np.mean(agent.critic(tf.concat([s, agent.actor(s)], axis=1))) > np.mean(q)
+def test_the_loop_acts_at_random_then_by_the_online_actor():
+    """200 uniform numbers in [-1, 1] have deviation 1 / sqrt(3) = 0.58. Without noise, those of the
+    200 steps that follow the only block of learning are mu(s)."""
+    agent = trained(Line(length=200), noise=0, hidden=[5, 4], warmup=200, block=201, steps=400)
+    rows = remembered(agent)
+    assert rows["a"][:200].std() == approx(0.58, abs=0.06)
+    expected = agent.actor(agent.buffer.standardize(rows["s"][200:]))
+    assert_allclose(rows["a"][200:], expected, atol=1e-5)
 
 
-def test_targets_and_average_start_as_copies_that_do_not_move_along():
-    agent = small(Line(size=3), hidden=[5, 7])  # the critic has 3 + 1 inputs
-    for leader, followers, size in ((agent.actor, (agent.target_actor, agent.average_actor), 3),
-                                    (agent.critic, (agent.target_critic,), 4)):
-        before = leader.get_weights()
-        assert [w.shape for w in before] == [(size, 5), (5,), (5, 7), (7,), (7, 1), (1,)]
-        leader.set_weights([weight + 1 for weight in before])
-        assert all(same(before, follower.get_weights()) for follower in followers)
+def noise_of(length, steps):
+    """Eight numbers for each step, by an actor that says 0, so that a = n."""
+    env = Line(low=[-1] * 8, high=[1] * 8, length=length)
+    agent = small(env, noise=0.1, noise_theta=0.15, steps=steps)
+    agent.actor.set_weights([0 * weight for weight in agent.actor.get_weights()])
+    list(ddpg.train(agent, env))
+    return remembered(agent)["a"][agent.settings.warmup:]
 
 
-def test_a_step_moves_the_critic_then_the_actor_then_what_follows_them():
-    """The first step of Adam moves a weight by its rate. Q = a / 2 is above y = -9 at s = a = 1, so
-    each weight of the critic falls by 1. As Q falls with a from now on, the actor, 0 before, falls
-    by 0.1. Targets, 0 before, keep 3/4 of themselves; the average 1/5, and 2/6 in the next step."""
-    agent = by_hand(critic_lr=1.0, actor_lr=0.1, tau=0.75)
-    agent.critic.set_weights([np.array([[0.0], [0.5]]), np.array([0.0])])
-    for network in (agent.actor, agent.target_actor, agent.target_critic, agent.average_actor):
-        network.set_weights([0 * weight for weight in network.get_weights()])
-    batches = [np.full((1, 4, 1), value, np.float32) for value in (1, 1, -9, 1, 1)]
-    agent.learn(batches)
-    for network, expected in ((agent.critic, [-1, -0.5, -1]), (agent.actor, [-0.1, -0.1]),
-                              (agent.target_critic, [-0.25, -0.125, -0.25]),
-                              (agent.target_actor, [-0.025, -0.025]),
-                              (agent.average_actor, [-0.08, -0.08])):
-        assert flat(network) == pytest.approx(expected, rel=1e-3)
-    agent.learn(batches)
-    expected = 2 / 6 * -0.08 + 4 / 6 * np.array(flat(agent.actor))
-    assert flat(agent.average_actor) == pytest.approx(expected, rel=1e-3)
+def test_noise_has_the_deviation_and_memory_of_theory(still):
+    """n is autoregressive: correlation rho = 1 - 0.15, deviation 0.1 / sqrt(1 - rho^2) = 0.19."""
+    n = noise_of(length=5000, steps=5000)
+    assert n.std() == approx(0.19, rel=0.05)
+    assert np.corrcoef(n[1:].ravel(), n[:-1].ravel())[0, 1] == approx(0.85, abs=0.02)
+    assert abs(np.corrcoef(n.T) - np.eye(8)).max() < 0.2, "dimensions share their noise"
 
 
-def test_a_block_of_steps_equals_blocks_of_one_compiled_or_not():
-    together, apart, batches = small(tau=0.9), small(tau=0.9), random_batches(3, 4)
-    MACHINE_CODE(together, batches)
-    for i in range(3):
-        MACHINE_CODE.python_function(apart, [piece[i:i + 1] for piece in batches])
-    for one, other in zip(numbers(together), numbers(apart), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("what", ["the critic's loss", "the actor's loss", "a weight"])
-def test_what_is_not_finite_is_noticed_wherever_in_a_block_it_was(what):
-    """The square of 3e19 and that of a toll overflow, but their gradients do not: the weights stay
-    finite. In the one step of a learning rate without end, it is the losses that are finite."""
-    agent, batches = by_hand(), random_batches(2 if what == "the critic's loss" else 1, 16)
-    if what == "the critic's loss":
-        batches[2][0, 0] = 3e19
-    elif what == "the actor's loss":
-        agent.actor.set_weights([np.array([[0.0]]), np.array([-3e19])])
-    else:
-        agent.actor.optimizer.learning_rate = np.inf
-    assert not np.isfinite(agent.learn(batches))
-    assert np.isfinite(flat(agent.actor) + flat(agent.critic)).all() == (what != "a weight")
-
-
-def test_buffer_keeps_the_newest_rows_and_draws_each_as_often():
-    """10,000 draws from the last 10 of 25 rows: 1,000 of each, with standard deviation 30."""
-    buffer, rng = ddpg.ReplayBuffer(10, 1, 1), np.random.default_rng(1)
-    for i in range(25):
-        buffer.add([i], [100 + i], 200 + i, [300 + i], i % 2 == 0)
-        assert buffer.sample(rng, 50)[1].min() >= 100, "a row that is not filled was drawn"
-    drawn, counts = np.unique(np.dstack(buffer.sample(rng, 100, 100)).reshape(-1, 5), axis=0,
-                              return_counts=True)
-    expected = [[i, 100 + i, 200 + i, 300 + i, i % 2 == 0] for i in range(15, 25)]
-    np.testing.assert_array_equal(drawn, expected)
-    assert np.abs(counts - 1000).max() < 120
-
-
-@pytest.mark.parametrize("states, mean, deviation", [
-    ([2, 4, 9], 5, np.sqrt((9 + 1 + 16) / 3)), ([999e-6, 1001e-6], 1e-3, 1e-6), ([0], 0, 1),
-    ([0.1], 0.1, 1), ([1e6, 1e6 + 0.0625], 1e6, 1)])  # neighbours in float32
-def test_measuring_finds_mean_and_deviation_and_1_for_what_never_moved(states, mean, deviation):
-    """Of the states in the memory: not of next ones, nor of one that the ring has overwritten.
-    Of rewards, here the same numbers, it finds the root mean square, and 1 if all are 0."""
-    buffer = ddpg.ReplayBuffer(3000, 2, 1)
-    for s in [1000, *states * (3000 // len(states))]:
-        buffer.add([s, -s], [0], s, [500, 500], False)
-    buffer.measure()
-    assert buffer.mean.tolist() == pytest.approx([mean, -mean])
-    assert buffer.deviation.tolist() == pytest.approx([deviation, deviation], rel=1e-3)
-    assert buffer.reward_size == pytest.approx(np.sqrt(np.mean(np.square(states))) or 1)
-
-
-@pytest.mark.parametrize("warmup, block, steps, measured", [
-    (8, 4, 26, 24), (100, 2500, 13_000, 10_100)])
-def test_states_are_measured_at_each_block_to_step_10000(warmup, block, steps, measured, still):
-    """Of those after the warm-up: in blocks to 8, 12, ... 24 and to 100, 2600, ... 10100."""
-    agent = trained(Line(length=13, scale=3, shift=1000), warmup=warmup, block=block, steps=steps,
-                    buffer_size=steps)
-    states = remembered(agent)[0][:measured]
-    np.testing.assert_allclose(agent.buffer.mean, states.mean(dtype=float), rtol=1e-9)
-    np.testing.assert_allclose(agent.buffer.deviation, states.std(dtype=float), rtol=1e-9)
-
-
-@pytest.mark.parametrize("scale, price", [(4, 1), (1 / 64, 1), (1, 4), (1, 1 / 64)])
-def test_an_environment_in_other_units_gives_the_same_digits(scale, price):
-    """A power of two is exact in floating point, for states and for rewards."""
-    one, other = (trained(Line(scale=x, price=y), warmup=8, steps=60)
-                  for x, y in ((1, 1), (scale, price)))
-    assert np.array_equal(remembered(other)[0], scale * remembered(one)[0])
-    assert [[step, price * total] for step, total in one.history] == other.history
-    assert same(numbers(one), numbers(other))
-
-
-@pytest.mark.parametrize("constant", [0, 0.1])
-@pytest.mark.parametrize("wakes", [10**9, 22])
-def test_an_environment_trains_though_a_number_rests_or_rested_at_first(constant, wakes):
-    agent = trained(Line(size=2, shift=constant, wakes=wakes), warmup=20, steps=60)
-    assert (agent.buffer.deviation[1] == 1) == (wakes > 60)  # (what is not finite raises an error)
-    assert np.all(np.abs(agent.buffer.sample(np.random.default_rng(0), 200)[0]) < 10)
-
-
-@pytest.mark.parametrize("theta", [1.0, 0.15])
-def test_noise_has_the_deviation_and_memory_of_theory(theta, still):
-    """n is autoregressive: correlation rho = 1 - theta, deviation sigma / sqrt(1 - rho^2).
-    Eight numbers an action, of an actor that says 0, so that a = n."""
-    def noise(length):
-        env = Line(low=[-1] * 8, high=[1] * 8, length=length, push=0)
-        agent = small(env, noise=0.1, noise_theta=theta, steps=4000, buffer_size=4000)
-        agent.actor.set_weights([0 * weight for weight in agent.actor.get_weights()])
-        list(ddpg.train(agent, env))
-        return remembered(agent)[1][agent.settings.warmup:]
-    rho, n, first = 1 - theta, noise(4000), noise(1)
-    assert n.std() == pytest.approx(0.1 / np.sqrt(1 - rho**2), rel=0.05)
-    assert np.corrcoef(n[1:].ravel(), n[:-1].ravel())[0, 1] == pytest.approx(rho, abs=0.02)
-    assert np.abs(np.corrcoef(n.T) - np.eye(8)).max() < 0.2, "dimensions share their noise"
-    assert first.std() == pytest.approx(0.1, rel=0.05), "n does not start from 0 in each episode"
-    assert len(np.unique(first)) > 30_000, "episodes share their noise"
+def test_noise_starts_from_0_in_each_episode_and_differs_between_them(still):
+    n = noise_of(length=1, steps=1000)
+    assert n.std() == approx(0.1, rel=0.05)
+    assert len(np.unique(n)) > 0.99 * n.size
 
 
 def test_actions_fill_asymmetric_bounds_and_never_leave_them(still):
+    """From -1 to 0.1, and from 3 to 7. Line asserts that none is outside."""
     env = Line(low=(-1, 3), high=(0.1, 7), length=50)
-    a = remembered(trained(env, noise=2.0, warmup=100, steps=200))[1]  # Line asserts the bounds
-    for actions in (np.array(env.actions[:100]), np.array(env.actions[100:])):  # random, then noisy
-        np.testing.assert_allclose(actions.min(0), [-1, 3], atol=0.15)
-        np.testing.assert_allclose(actions.max(0), [0.1, 7], atol=0.15)
-        assert abs(np.corrcoef(actions.T)[0, 1]) < 0.5, "the dimensions move as one"
-    np.testing.assert_allclose(env.actions, [-0.45, 5] + [0.55, 2] * a, atol=1e-5)
-    assert abs(a).max() == 1 and env.actions[0].dtype == np.float32
+    a = remembered(trained(env, noise=2.0, warmup=100, steps=200))["a"]
+    assert_allclose(env.actions, [-0.45, 5] + [0.55, 2] * a, atol=1e-5)
+    assert a.min(axis=0).tolist() == [-1, -1]
+    assert a.max(axis=0).tolist() == [1, 1]
+    assert abs(np.corrcoef(a[:100].T)[0, 1]) < 0.5, "random dimensions move as one"
 
 
-@pytest.mark.parametrize("kind", [np.float32, np.float64])
-def test_rounding_takes_no_action_out_of_its_bounds_however_far_apart(kind):
-    low, high = np.sort(np.random.default_rng(0).normal(size=(2, 1000)), axis=0).astype(kind)
-    low[0], high[0] = -3e38, 3e38
-    space = gym.spaces.Box(low, high, dtype=kind)
-    for a, expected in ((-1.0, low), (0.0, low / 2 + high / 2), (1.0, high)):
-        action = ddpg.in_bounds(np.full(1000, a), space)
-        assert space.contains(action)
-        np.testing.assert_allclose(action, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_the_loop_acts_at_random_then_by_the_online_actor_of_the_last_block():
-    """200 uniform numbers in [-1, 1] have deviation 1 / sqrt(3) = 0.58. Without noise, those of the
-    200 steps that follow the first block of learning are mu(s), here that of Keras."""
-    env = Line(shift=100, scale=5, length=200)
-    agent = small(env, noise=0, warmup=200, block=200, steps=400, hidden=[5, 4])
-    run = ddpg.train(agent, env)
-    next(run)
-    online, mean, deviation = agent.actor.get_weights(), agent.buffer.mean, agent.buffer.deviation
-    assert not same(online, agent.average_actor.get_weights())
-    next(run)
-    agent.actor.set_weights(online)
-    s, a, *_ = remembered(agent)
-    assert a[:200].std() == pytest.approx(0.58, abs=0.06) and abs(a[:200].mean()) < 0.1
-    np.testing.assert_allclose(a[200:], agent.actor((s[200:] - mean) / deviation), atol=1e-5)
-
-
-@pytest.mark.parametrize("terminates", [True, False])
-def test_the_loop_stores_terminated_but_not_truncated(terminates, still):
-    """Only what terminates loses its future: r + gamma Q' is kept for what was merely cut off."""
-    s, a, r, s_next, d = remembered(trained(Line(length=3, terminates=terminates), steps=6))
-    assert d.ravel().tolist() == [0, 0, terminates] * 2
-    np.testing.assert_allclose(s_next, s + 2 * a, atol=1e-6)  # Line's own actions are in [-2, 2]
-    np.testing.assert_allclose(r, -(s**2 + 4 * a**2), atol=1e-5)
-    np.testing.assert_array_equal(s_next[:2], s[1:3])
-    assert s_next[2] != s[3], "episodes run into each other"
-
-
-@pytest.mark.parametrize("convert", [np.float64, np.int64, np.ndarray.tolist])
-def test_states_rewards_and_ends_may_have_odd_types(convert, still):
-    env = Fails("says arrays", at=1, length=3, terminates=True, scale=10)
-    agent = trained(gym.wrappers.TransformObservation(env, convert, None), steps=6)
-    s, _, r, s_next, d = remembered(agent)
-    assert np.array_equal(s[1:3], s_next[:2]) and s.any() and d.ravel().tolist() == [0, 0, 1] * 2
-    np.testing.assert_allclose([total for _, total in agent.history], [r[:3].sum(), r[3:].sum()])
-
-
-@pytest.mark.parametrize("warmup, block, expected", [
-    (8, 4, [8, 12, 16, 20]), (10, 5, [10, 15, 20]), (7, 1, [*range(7, 21)]), (6, 20, [6])])
+@parametrize("warmup, block, expected", [
+    (8, 4, [8, 12, 16, 20]), (17, 1, [17, 18, 19, 20]), (6, 20, [6])])
 def test_a_block_is_one_call_to_tensorflow(warmup, block, expected, monkeypatch):
     """After how many of the 20 steps? It has as many batches as the block has steps."""
-    calls, env = {}, Line(length=10)
-    agent = small(env, warmup=warmup, block=block, steps=20)
+    calls = []
     def learn(agent, batches):
-        calls[agent.buffer.added] = [piece.shape for piece in batches]
-        return 0.0
+        calls.append(agent.buffer.steps)
+        assert [column.shape for column in batches] == [(block, 4, 1)] * 5
+    env = Line(length=10)
+    agent = small(env, warmup=warmup, block=block, steps=20)
     monkeypatch.setattr(ddpg.Agent, "learn", learn)
     monkeypatch.setattr(keras.Model, "__call__", None)  # not even to act
     list(ddpg.train(agent, env))
-    assert calls == {added: [(block, 4, 1)] * 5 for added in expected}
+    assert calls == expected
 
 
-def test_another_seed_gives_another_run():
-    """The starts, the random actions, and the first weights, which a short run hardly moves."""
-    one, again, other = (trained(Line(length=2), seed=n, steps=40, warmup=20) for n in (5, 5, 6))
-    assert same(numbers(one), numbers(again)) and same(remembered(one), remembered(again))
-    for first, second in zip(remembered(one)[:2], remembered(other)[:2]):
-        assert len({*first[:20:2].flat, *second[:20:2].flat}) == 20, "two episodes are alike"
-    assert not np.allclose(numbers(one)[0], numbers(other)[0], atol=0.1)
+def test_another_seed_gives_another_run(still):
+    """The first weights, and the starts and first actions of ten episodes."""
+    runs = [trained(Line(length=2), seed=seed, steps=20, warmup=19) for seed in (5, 6)]
+    rows = np.concatenate([remembered(run)[::2] for run in runs])
+    assert len(np.unique(rows["s"])) == len(np.unique(rows["a"])) == 20
+    first, second = [flat(run.actor) for run in runs]
+    assert first != approx(second, abs=0.1)
 
 
-@pytest.mark.parametrize("how", ["state nan", "None", "-inf", "1e39", "two"])
-def test_what_is_no_finite_number_never_reaches_the_memory(how, still):
-    agent = small()
-    with pytest.raises(ddpg.DDPGError, match="finite"):
-        list(ddpg.train(agent, Fails(how, at=7)))
-    assert agent.buffer.added == 6 and not agent.buffer.rows[6:].any()
+def test_history_has_steps_return_and_discounted_return():
+    """Not in standard units: sum r_t, and sum 0.5^t r_t."""
+    agent = trained(Line(length=3), gamma=0.5, steps=30)
+    rewards = remembered(agent)["r"].reshape(10, 3)
+    history = np.array(agent.history, float)
+    assert history[:, 0].tolist() == [*range(3, 31, 3)]
+    assert_allclose(history[:, 1], rewards @ [1, 1, 1], rtol=1e-6)
+    assert_allclose(history[:, 2], rewards @ [1, 0.5, 0.25], rtol=1e-6)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_it_finds_the_linear_quadratic_optimum(seed, monkeypatch):
-    """Riccati: no policy beats -P_5 x0^2, with P_0 = 0 and
-    P_k+1 = 1 + 0.64 P_k - (0.4 P_k)^2 / (0.1 + 0.25 P_k)."""
-    monkeypatch.setattr(ddpg.Agent, "learn", MACHINE_CODE)
-    p = 0.0
-    for _ in range(5):
-        p = 1 + 0.64 * p - (0.4 * p) ** 2 / (0.1 + 0.25 * p)
-    env = Line(low=(-1.2,), high=(1.2,), length=5, keep=0.8, push=0.5, effort=0.1)
-    agent = ddpg.Agent(env, ddpg.make_settings(steps=2000, seed=seed))
-    list(ddpg.train(agent, env))
-    returns = np.array(list(ddpg.evaluate(agent, env)))
-    optimum = np.array([-p * env.reset(seed=n)[0].item() ** 2 for n in ddpg.EVALUATION_SEEDS])
-    assert np.all(returns <= optimum + 1e-4) and sum(returns) > 1.03 * sum(optimum)
+def test_history_has_the_value_that_the_critic_gave_to_the_start():
+    """None before anything was learned, here in the only block, at step 10. Q(s0, mu(s0)) by
+    Keras, in the units of the reward."""
+    agent = trained(Line(length=5), warmup=10, block=100, steps=20)
+    starts = agent.buffer.standardize(remembered(agent)["s"][10::5])
+    values = ddpg.q(agent.critic, starts, agent.actor(starts)).numpy().ravel()
+    expected = [None, None, *(agent.buffer.reward_rms * values)]
+    assert [row[3] for row in agent.history] == approx(expected)
 
 
-@pytest.mark.parametrize("seed", [100, 101])
-def test_a_pendulum_stands_up_within_30_episodes(seed, monkeypatch):
-    """A policy that needs one swing more from each start gives -200 or less."""
-    monkeypatch.setattr(ddpg.Agent, "learn", MACHINE_CODE)
-    env = gym.make("Pendulum-v1")
-    agent = ddpg.Agent(env, ddpg.make_settings(steps=6000, seed=seed))
-    list(ddpg.train(agent, env))
-    assert np.mean(list(ddpg.evaluate(agent, env))) > -170
+class Scaled(Line):
+    """A Line in other units: states times `scale` plus `shift`, rewards times `price`."""
+
+    scale = 1
+    shift = 0
+    price = 1
+
+    def see(self):
+        return self.scale * self.x + self.shift
+
+    def step(self, action):
+        state, reward, *rest = super().step(action)
+        return state, self.price * reward, *rest
 
 
-# The program: Test-v0 is the environment that was registered last.
-SHORT = ["--env", "Test-v0", "--steps", "50", "--warmup", "20", "--block", "4", "--hidden", "4",
-         "--batch-size", "4", "--buffer-size", "1000"]
+@parametrize("scale, price", [(4, 1 / 64), (1 / 64, 4)])
+def test_an_environment_in_other_units_gives_the_same_digits(scale, price):
+    """A power of two is exact in floating point, for states and for rewards."""
+    usual = trained(Scaled(), warmup=8, steps=60)
+    other = trained(Scaled(scale=scale, price=price), warmup=8, steps=60)
+    assert np.array_equal(remembered(other)["s"], scale * remembered(usual)["s"])
+    assert same(numbers(usual), numbers(other))
+
+
+def test_states_are_measured_at_each_block_to_10000_steps_after_the_warmup(still):
+    """In blocks of 2500 to the steps 100, 2600, 5100, 7600 and 10100; each number of two apart."""
+    env = Scaled(shift=np.array([0, 1000]), observation_space=Box(-1, 1, (2,)))
+    agent = trained(env, warmup=100, block=2500, steps=13_000)
+    states = remembered(agent)["s"][:10_100].astype(float)
+    assert_allclose(agent.buffer.mean, states.mean(axis=0), rtol=1e-9)
+    assert_allclose(agent.buffer.std, states.std(axis=0), rtol=1e-9)
+
+
+class Fails(Line):
+    """A Line that from step `at` of its life raises `error`, or says another state or reward."""
+
+    at = 1
+    error = None
+    wrong = {}
+
+    def step(self, action):
+        state, reward, *ends, info = super().step(action)
+        if len(self.actions) >= self.at:
+            if self.error:
+                raise self.error
+            state = self.wrong.get("state", state)
+            reward = self.wrong.get("reward", reward)
+        return state, reward, *ends, info
+
+
+@parametrize("wrong", [
+    {"state": [np.nan]}, {"state": [0, 0]}, {"state": [[0], [0, 0]]},
+    {"reward": None}, {"reward": -np.inf}, {"reward": 1e39}, {"reward": [1, 2]}], ids=str)
+def test_what_is_no_finite_number_never_reaches_the_memory(wrong):
+    agent = small(Line(), warmup=50)
+    with raises(ddpg.DDPGError, match="finite"):
+        list(ddpg.train(agent, Fails(at=7, wrong=wrong)))
+    assert agent.buffer.steps == 6
+    assert not agent.buffer.rows["s"][6:].any()
+
+
+def test_an_action_that_is_not_finite_never_reaches_the_environment(still):
+    env = Line()
+    agent = small(env, hidden=[], warmup=7)
+    become(agent.actor, np.nan)
+    with raises(FloatingPointError):
+        list(ddpg.train(agent, env))
+    assert len(env.actions) == 7
+
+
+def test_states_rewards_and_ends_may_have_odd_types(still):
+    class Odd(Line):
+        def step(self, action):
+            state, *others, info = super().step(action)
+            return state.tolist(), *[np.array([value]) for value in others], info
+    agent = trained(Odd(length=3, terminates=True), steps=6)
+    rows = remembered(agent)
+    assert rows["d"].ravel().tolist() == [0, 0, 1, 0, 0, 1]
+    assert agent.history[0][1] == approx(rows["r"][:3].sum())
+
+
+@parametrize("limit, expected", [(None, 1000), (7, 7), (1500, 1500)])
+def test_an_episode_of_3000_steps_is_truncated(limit, expected, still):
+    """By its time limit, or else after 1,000 steps; in training, and when it is evaluated."""
+    line = Line(length=3000)
+    env = gym.wrappers.TimeLimit(line, limit) if limit else line
+    agent = trained(env, steps=5)
+    assert agent.history[0][0] == expected
+    assert not remembered(agent)["d"].any()
+    next(ddpg.evaluate(agent, env))
+    assert len(line.actions) == 2 * expected
+
+
+def test_a_policy_is_a_copy_though_training_goes_on():
+    env = Line()
+    agent = small(env)
+    run = ddpg.train(agent, env)
+    next(run)
+    s = np.ones((1, 1))
+    kept = ddpg.policy(agent)
+    before = kept(s)[0, 0]
+    next(run)
+    assert kept(s)[0, 0] == before
+    assert ddpg.policy(agent)(s)[0, 0] != before
+
+
+# Part 3. The program. Test-v0 is the environment that was registered last.
+SHORT = """--env Test-v0 --steps 50 --warmup 20 --block 4 --hidden 4 --batch-size 4
+    --buffer-size 1000""".split()
 
 
 def register(environment=Line, name="Test-v0", **arguments):
@@ -431,44 +601,25 @@ def ddpg_py(*options):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def digits(folder):
-    """Every number of a run: returns, memory, units, and all that learning changes."""
-    _, history, arrays = ddpg.read(folder / "checkpoint.npz")
-    return [np.array(history), *arrays]
+    """All that is saved of a run, by name."""
+    with np.load(folder / "checkpoint.npz") as file:
+        return dict(file)
 
 
-def one_line(captured, *words):
-    """Whether standard error is one line that has these words."""
-    assert captured.err.startswith("ddpg.py: ") and captured.err.count("\n") == 1, captured.err
-    assert all(str(word) in captured.err for word in words), captured.err
-    return len(captured.err) < 500
-
-
-@pytest.fixture
-def refuses(tmp_path, capfd):
-    """Whether these options give exit status 2 and one line, and leave everything as it was."""
-    def refuses(*options, named):
-        before = contents(tmp_path)
-        assert ddpg_py(*options) == 2
-        captured = capfd.readouterr()
-        assert one_line(captured, *named) and captured.out == ""
-        return contents(tmp_path) == before
-    return refuses
-
-
-@pytest.fixture(scope="module")
+@fixture(scope="module")
 def whole(tmp_path_factory):
-    """The folder of a run that nothing stopped."""
+    """The folder of a run of three episodes that nothing stopped."""
     register()
     folder = tmp_path_factory.mktemp("whole") / "a" / "b"
-    assert ddpg_py(*SHORT, "--out", folder) == 0
+    ddpg_py(*SHORT, "--out", folder)
     return folder
 
 
-@pytest.fixture
+@fixture
 def copy(whole, tmp_path):
     """A folder with the checkpoint of that run."""
     register()
@@ -476,42 +627,86 @@ def copy(whole, tmp_path):
     return tmp_path
 
 
-def goes_on(folder, whole, options=("--resume",)):
-    """Whether the program then leaves in `folder` what the run that nothing stopped has left."""
-    register()
-    assert ddpg_py(*options, "--out", folder) == 0
-    assert set(contents(folder)) == set(contents(whole)), "files are missing or left over"
-    assert contents(folder)["returns.csv"] == contents(whole)["returns.csv"]
-    return same(digits(folder), digits(whole))
-
-
-def test_a_run_leaves_a_row_for_each_episode_and_three_more_files(whole):
+def test_a_run_leaves_four_files_and_a_row_for_each_episode(whole):
     assert set(contents(whole)) == {"returns.csv", "returns.png", "actor.keras", "checkpoint.npz"}
-    first, second, third = digits(whole)[0][:, 1].tolist()
-    rows = [f"1,20,{first}", f"2,40,{second}", f"3,60,{third}"]
-    assert (whole / "returns.csv").read_text().splitlines() == ["episode,steps,return", *rows]
+    first, second, third = ddpg.read(whole / "checkpoint.npz")["history"]
+    rows = [[1, *first[:3], ""], [2, *second], [3, *third]]
+    header, *lines = (whole / "returns.csv").read_text().splitlines()
+    assert header == "episode,steps,return,discounted,value"
+    assert lines == [",".join(map(str, row)) for row in rows]
 
 
-def test_a_run_prints_its_progress_and_the_mean_of_ten_episodes_of_its_policy(tmp_path, capfd):
-    """That is actor.keras, played here on raw states in the environment's own units."""
-    register(low=(-1,), high=(2,), scale=5, shift=100, length=5)
-    assert ddpg_py(*SHORT, "--steps", 58, "--out", tmp_path) == 0
-    *lines, last = capfd.readouterr().out.strip().splitlines()
-    returns = digits(tmp_path)[0][:, 1]
-    for i in range(12):
-        ten = returns[max(0, i - 9):i + 1].mean()
-        for part in (f"episode {i + 1},", f"{5 * i + 5}/58", f"{returns[i]:.5g}", f"{ten:.5g}"):
-            assert part in lines[i]
-    env, rewards = Line((-1,), (2,), 5, scale=5, shift=100), []
-    policy = keras.models.load_model(tmp_path / "actor.keras")
+def test_a_run_prints_a_row_each_second(tmp_path, monkeypatch, capfd, still):
+    """By a clock of ten steps a second: an episode of five steps takes half a second."""
+    env = Line(length=5)
+    monkeypatch.setattr(ddpg.time, "perf_counter", lambda: len(env.actions) / 10)
+    agent = small(env, warmup=25, steps=78)
+    ddpg.run(agent, env, tmp_path)
+    first, header, *rows, _ = capfd.readouterr().out.splitlines()
+    assert "compiles" in first
+    assert {len(row) for row in rows} == {len(header)}
+    assert [row.split()[0] for row in rows] == "1 3 5 7 9 11 13 15 16".split()
+    mean = np.mean([row[1] for row in agent.history[1:11]])
+    step, total, discounted, value = agent.history[10]
+    printed = [float(word) for word in rows[5].split()[:-1]]
+    assert printed == approx([11, step, total, mean, discounted, value, 10, 2], rel=1e-3)
+
+
+def test_a_run_prints_the_mean_return_of_actor_keras(tmp_path, capfd):
+    """In ten episodes, played here on raw states in the units of the environment."""
+    env = Scaled(low=(-1,), high=(2,), scale=5, shift=100)
+    ddpg.run(small(env), env, tmp_path)
+    actor = keras.models.load_model(tmp_path / "actor.keras")
+    rewards = []
     for seed in ddpg.EVALUATION_SEEDS:
         s, _ = env.reset(seed=seed)
-        for _ in range(5):
-            s, r, *_ = env.step(np.clip(policy(s[None])[0], -1, 2).astype(np.float32))
+        for _ in range(env.length):
+            s, r, *_ = env.step(np.clip(actor(s[None])[0], -1, 2))
             rewards.append(r)
-    printed = [float(number) for number in re.findall(r" (-\d+\.\d*)", last)]
-    assert printed == [pytest.approx(sum(rewards) / 10, rel=1e-3)] and str(tmp_path) in last
-    assert len(set(rewards)) == 50, "episodes are alike"
+    printed = re.search(r"without noise: (.*?);", capfd.readouterr().out)[1]
+    assert float(printed) == approx(sum(rewards) / 10, rel=1e-3)
+
+
+@parametrize("seconds, expected", [
+    (0, [0, *range(10, 201, 10), 200]), (3, [0, 10, 68, 126, 184, 200])])
+def test_files_are_renewed_every_10_seconds_or_20_savings(
+        seconds, expected, tmp_path, monkeypatch, still):
+    """By a clock of one step a second, where saving takes `seconds`. Episodes have two steps."""
+    env = Line(length=2)
+    saved = []
+    renewed = []
+    monkeypatch.setattr(ddpg.time, "perf_counter", lambda: len(env.actions) + seconds * len(saved))
+    monkeypatch.setattr(ddpg, "save", lambda agent, path: saved.append(agent.buffer.steps))
+    monkeypatch.setattr(ddpg, "write_results", lambda agent, out: renewed.append(saved[-1]))
+    ddpg.run(small(env, steps=200), env, tmp_path)
+    assert saved == expected
+    assert renewed == expected[1:]
+
+
+def test_the_picture_has_two_panels():
+    """Of returns 1, 2, 3 and so on, the mean of the last ten is 4.5 less than the last."""
+    history = [[200 * i, i, 2 * i, 3 * i] for i in range(1, 31)]
+    agent = SimpleNamespace(settings=ddpg.make_settings(seed=7), history=history)
+    above, below = ddpg.plot(agent).axes
+    assert above.get_title() == "Pendulum-v1, seed 7"
+    returns, means = [line.get_xydata().tolist() for line in above.lines]
+    assert returns == [row[:2] for row in history]
+    assert means == [[200 * i, i - 4.5] for i in range(10, 31)]
+    discounted, value = [line.get_xydata().tolist() for line in below.lines]
+    assert discounted == [row[::2] for row in history]
+    assert value == [row[::3] for row in history]
+
+
+def test_the_picture_is_shown_after_all_is_written_and_ctrl_c_closes_it(copy, monkeypatch, capfd):
+    seen = []
+    def show():
+        seen.append(len(contents(copy)))
+        raise KeyboardInterrupt
+    monkeypatch.setattr(ddpg.plt, "get_backend", lambda: "a window, let us say")
+    monkeypatch.setattr(ddpg.plt, "show", show)
+    assert ddpg_py("--resume", "--out", copy) == 0
+    assert seen == [4]
+    assert "--resume" not in capfd.readouterr().out
 
 
 def test_a_run_has_a_folder_that_its_env_and_seed_find_again(tmp_path, monkeypatch):
@@ -522,279 +717,363 @@ def test_a_run_has_a_folder_that_its_env_and_seed_find_again(tmp_path, monkeypat
     assert len(contents(tmp_path / "runs" / "sys-ns-Test-v0-seed7")) == 4
 
 
-def test_the_picture_is_shown_where_there_is_a_display(copy, monkeypatch):
-    seen = []
-    monkeypatch.setattr(ddpg.plt, "get_backend", lambda: "a window, let us say")
-    monkeypatch.setattr(ddpg.plt, "show", lambda: seen.append(len(contents(copy))))
-    assert ddpg_py("--resume", "--out", copy) == 0 and seen == [4], "before all was written?"
+@parametrize("out", ["here", "~/here"])
+def test_out_means_what_it_meant_at_the_start(out, tmp_path, monkeypatch):
+    class Wanders(Line):
+        def reset(self, **arguments):
+            os.chdir("/")
+            return super().reset(**arguments)
+    register(Wanders)
+    monkeypatch.chdir(tmp_path)
+    for home in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(home, str(tmp_path))
+    assert ddpg_py(*SHORT, "--out", out) == 0
+    assert len(contents(tmp_path / "here")) == 4
 
 
-def test_the_plot_shows_the_returns_and_the_mean_of_the_last_ten():
-    """Of returns 1, 2, 3 and so on, the mean of the last ten is 4.5 less than the last."""
-    axes, = ddpg.plot([[200 * i, i] for i in range(1, 31)]).axes
-    returns, means = (line.get_xydata().tolist() for line in axes.lines)
-    assert returns == [[200 * i, i] for i in range(1, 31)]
-    assert means == [[200 * i, i - 4.5] for i in range(10, 31)]
-
-
-@pytest.mark.parametrize("options, named", [
-    ([], ["--resume", "--out", "delete"]), (["--gif"], ["Test-v0"]),  # which cannot be drawn
-    *[([option, f"--{name}", value], [name.replace("-", "_"), value])
-      for option in ("--resume", "--gif") for name, value in (
-          ("env", "Pendulum-v1"), ("seed", "1"), ("hidden", "5"), ("buffer-size", "999"))]])
-def test_a_run_is_left_alone_by_what_does_not_fit_it(options, named, copy, refuses):
-    assert refuses(*SHORT, "--seed", 0, *options, "--out", copy, named=[*named, copy])
-
-
-@pytest.mark.parametrize("how, at, status, named", [
-    *[("Ctrl-C", step, 130, "--resume --out") for step in (3, 20, 47, 60, 61, 250)],
-    ("raises", 3, None, ""), ("raises", 50, None, ""), ("state of two", 44, 1, "(2,)"),
-    ("state nan", 44, 1, "finite"), ("None", 44, 1, "finite"), ("1e39", 44, 1, "finite"),
-    ("loss nan", 44, 1, "learning rates")])
-def test_whatever_stops_a_run_costs_no_digit(
-        how, at, status, named, whole, tmp_path, monkeypatch, capfd):
-    """Training or evaluating. One that broke in its first episode is no obstacle to a new one."""
-    register(Fails, how=how, at=at)
-    ended, learn = None, ddpg.Agent.learn
-    def breaks(agent, batches):
-        diverges = how == "loss nan" and agent.buffer.added >= at
-        return np.nan if diverges else learn(agent, batches)
-    with contextlib.suppress(RuntimeError), monkeypatch.context() as patch:
-        patch.setattr(ddpg.Agent, "learn", breaks)
-        ended = ddpg_py(*SHORT, "--out", tmp_path)
-    captured = capfd.readouterr()
-    assert ended == status and "Traceback" not in captured.err
-    assert status != 130 or f'{named} "{tmp_path}"' in captured.out.splitlines()[-1]
-    assert status != 1 or one_line(captured, "episode 3", named)
-    rows, all_rows = ((path / "returns.csv").read_text().splitlines() for path in (tmp_path, whole))
-    assert rows == all_rows[:1 + min(at - 1, 60) // 20] and len(contents(tmp_path)) == 4
-    assert goes_on(tmp_path, whole, SHORT if at == 3 else ["--resume"])
-
-
-@pytest.mark.parametrize("where, function, call", [
-    (np, "savez", 3), (Path, "replace", 3), (ddpg, "plot", 1)])
-@pytest.mark.parametrize("error, status", [(OSError("full"), 1), (KeyboardInterrupt(), 130)])
-def test_what_cannot_be_written_leaves_a_checkpoint(
-        where, function, call, error, status, whole, tmp_path, monkeypatch, capfd):
-    """The third save breaks, half-written (the first was that of no episode), or the picture."""
-    calls, usual = [], getattr(where, function)
-    def breaks(target, *arguments, **named):
-        calls.append(target)
-        if len(calls) < call:
-            return usual(target, *arguments, **named)
-        if function == "savez":
-            Path(target).write_bytes(b"half")
-        raise error
+def test_without_additions_the_program_runs(plain, tmp_path):
     register()
-    with monkeypatch.context() as patch:
-        patch.setattr(where, function, breaks)
-        assert ddpg_py(*SHORT, "--out", tmp_path) == status
-    assert status == 130 or one_line(capfd.readouterr(), tmp_path, "full", "make room")
-    assert len(digits(tmp_path)[0]) == (3 if function == "plot" else 1)
-    assert goes_on(tmp_path, whole)
+    assert plain.main([*SHORT, "--out", str(tmp_path)]) == 0
 
 
-@pytest.mark.parametrize("seconds", [0, 3])
-def test_the_last_checkpoint_is_20_seconds_or_20_saves_old(seconds, tmp_path, monkeypatch, still):
-    """And an episode, of 2 steps: each takes a second, and a save `seconds`. Less than a tenth of
-    the time goes into saving."""
-    saved, save, env = [], ddpg.save, Line(length=2)
-    def slow_save(agent, path):
-        save(agent, path)
-        saved.append(agent.buffer.added)
-    monkeypatch.setattr(ddpg, "save", slow_save)
-    monkeypatch.setattr(ddpg.time, "perf_counter", lambda: len(env.actions) + seconds * len(saved))
-    ddpg.run(small(env, steps=400), env, tmp_path)
-    assert max(np.diff(saved)) <= 2 + max(20, 20 * seconds)
-    assert np.median(np.diff(saved)) >= max(8, 9 * seconds)
+# How a run can stop.
+@parametrize("at, failure, status, line", [
+    (3, {"error": KeyboardInterrupt}, 130, "--resume --out"),
+    (47, {"error": KeyboardInterrupt}, 130, "--resume --out"),
+    (250, {"error": KeyboardInterrupt}, 130, "--resume --out"),  # while it evaluates
+    (47, {"wrong": {"state": [0, 0]}}, 1, "ddpg.py: episode 3: state [0, 0], shape (2,)"),
+])
+def test_whatever_stops_a_run_costs_no_digit(at, failure, status, line, whole, tmp_path, capfd):
+    register(Fails, at=at, **failure)
+    assert ddpg_py(*SHORT, "--out", tmp_path) == status
+    assert line in "".join(capfd.readouterr()).splitlines()[-1]
+    assert len(contents(tmp_path)) == 4
+    register()
+    assert ddpg_py("--resume", "--out", tmp_path) == 0
+    assert same(digits(tmp_path), digits(whole))
 
 
-def test_a_policy_that_is_not_finite_is_not_saved(tmp_path, still):
-    agent = small(warmup=4)
-    agent.average_actor.set_weights([np.nan * w for w in agent.average_actor.get_weights()])
-    with pytest.raises(AssertionError):  # of Line, at an action that is no number
-        ddpg.run(agent, Line(), tmp_path)
-    assert set(contents(tmp_path)) == {"returns.csv", "returns.png", "checkpoint.npz"}
+def test_ctrl_c_before_there_is_a_checkpoint_gives_no_advice(tmp_path, capfd):
+    def interrupted():
+        raise KeyboardInterrupt
+    register(interrupted)
+    assert ddpg_py(*SHORT, "--out", tmp_path) == 130
+    assert capfd.readouterr().out == "\ninterrupted\n"
 
 
-@pytest.mark.parametrize("steps, limit", [(60, 10_000), (1100, 11_000)])  # a first try is short
-def test_an_episode_without_end_stops_after_ten_budgets(steps, limit, tmp_path, capfd, still):
-    register(Fails, how="never ends", at=41)
-    assert ddpg_py(*SHORT, "--steps", steps, "--out", tmp_path) == 1
-    assert one_line(capfd.readouterr(), limit, "max_episode_steps", "episode 3")
-    assert len(digits(tmp_path)[0]) <= 2
+@parametrize("wrong, largest", [
+    ({"reward": 1e30}, "reward, 1e+30"), ({"state": [1e30]}, "state remembered, 1e+30")])
+def test_training_that_diverges_names_the_largest_numbers(
+        wrong, largest, tmp_path, monkeypatch, capfd):
+    """They come after step 10,000, let us say: the units stay."""
+    monkeypatch.setattr(ddpg.ReplayBuffer, "measure", lambda buffer: None)
+    register(Fails, at=30, wrong=wrong)
+    assert ddpg_py(*SHORT, "--out", tmp_path) == 1
+    assert largest in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("steps, more, length, options", [
-    (60, 120, 7, ["--buffer-size", 30, "--noise-theta", 0.15]),
-    (11_500, 12_000, 500, ["--buffer-size", 1000, "--block", 50])])
-def test_more_steps_are_a_longer_run(steps, more, length, options, tmp_path, monkeypatch):
-    """The ring has wrapped; what was measured to step 10,020 is no longer in the second memory."""
-    monkeypatch.setattr(ddpg.Agent, "learn", MACHINE_CODE)
-    register(length=length, keep=0.9)
-    once, twice = tmp_path / "once", tmp_path / "twice"
-    assert ddpg_py(*SHORT, *options, "--steps", more, "--out", once) == 0
-    assert ddpg_py(*SHORT, *options, "--steps", steps, "--out", twice) == 0
-    assert ddpg_py("--resume", "--steps", more, "--out", twice) == 0
-    assert same(digits(once), digits(twice))
+def test_a_weight_that_is_not_finite_is_not_saved(copy):
+    before = contents(copy)
+    agent = by_hand()
+    become(agent.critic, 1, np.nan)
+    with raises(FloatingPointError):
+        ddpg.save(agent, copy / "checkpoint.npz")
+    assert contents(copy) == before
 
 
-@pytest.mark.parametrize("name, at_rest", [("actor", range(4)), ("critic", range(4, 8))])
-def test_what_is_given_anew_on_resume_wins(name, at_rest, whole, copy):
-    """A learning rate of 0: one network rests. No noise: the next action is mu(s)."""
-    assert ddpg_py("--resume", "--out", copy, f"--{name}-lr", 0, "--noise", 0, "--steps", 80) == 0
-    old, new = (ddpg.read(path / "checkpoint.npz")[0] for path in (whole, copy))
-    assert new == old | {f"{name}_lr": 0, "noise": 0, "steps": 80}
-    (_, _, mean, deviation, _, *before), (_, rows, _, _, _, *after) = digits(whole), digits(copy)
-    assert all(np.array_equal(before[i], after[i]) == (i in at_rest) for i in range(8))
-    mu = ddpg.mu(before[:4], (rows[60, 0] - mean) / deviation)
-    assert rows[60, 1] == pytest.approx(mu.item(), abs=1e-5)
+def test_a_disk_that_is_full_leaves_the_last_checkpoint(copy, monkeypatch):
+    def half(path, **arrays):
+        Path(path).write_bytes(b"half")
+        raise OSError("no space")
+    before = digits(copy)
+    monkeypatch.setattr(np, "savez", half)
+    with raises(ddpg.DDPGError, match="no space"):
+        ddpg.save(by_hand(), copy / "checkpoint.npz")
+    assert same(digits(copy), before)
 
 
-@pytest.mark.parametrize("observations, actions, named", [
-    (gym.spaces.Box(0, 255, (4, 4), np.uint8), None, ["Box(0, 255, (4, 4)"]),
-    (gym.spaces.Dict(x=gym.spaces.Box(-1, 1, (1,))), None, ["Dict"]),
-    (gym.spaces.Box(-1, 1, (3,)), None, ["(3,)", "(1,)"]),  # the latter is what Line's state has
-    (None, gym.spaces.Discrete(3), ["Discrete(3)"]),
-    (None, gym.spaces.Box(-1, 1, (2, 2)), ["(2, 2)"]),
-    (None, gym.spaces.Box(-2, 2, (1,), np.int64), ["int64"]),
-    (None, gym.spaces.Box(-np.inf, 1, (1,)), ["inf"])], ids=str)
-def test_unfit_spaces_are_refused(observations, actions, named, tmp_path, refuses):
-    register(observations=observations, actions=actions)
-    assert refuses(*SHORT, "--out", tmp_path / "out", named=named)
+@fixture
+def undrawable(monkeypatch):
+    def plot(agent):
+        raise ValueError("no such font")
+    monkeypatch.setattr(ddpg, "plot", plot)
 
 
-@pytest.mark.parametrize("option, values", [
-    ("steps", ["0", "-3", "many"]), ("seed", ["-1", "2147483648"]), ("hidden", ["0", "8.5"]),
-    ("gamma", ["1.01", "-0.1", "nan"]), ("tau", ["1.01", "-0.1"]), ("noise", ["-0.1", "inf"]),
-    ("noise-theta", ["1.01", "-0.1"]), ("actor-lr", ["-0.001", "inf"]), ("critic-lr", ["-0.001"]),
-    ("batch-size", ["0"]), ("buffer-size", ["0"]), ("warmup", ["0", "20000"]), ("block", ["0"]),
-    ("step", ["300"]), ("frobnicate", ["3"]), ("env", [
-        "Nowhere-v0", "nowhere:Nowhere-v0", "sys:Nowhere-v0", "Missing-v0"])])
-def test_bad_input_is_refused(option, values, tmp_path, refuses):
+def test_a_picture_that_cannot_be_drawn_is_told_in_the_last_line(tmp_path, capfd, undrawable):
+    register()
+    assert ddpg_py(*SHORT, "--out", tmp_path) == 1
+    out, err = capfd.readouterr()
+    assert "without noise" in out
+    assert "no such font" in err
+    assert err.count("\n") == 1
+    assert set(contents(tmp_path)) == {"returns.csv", "actor.keras", "checkpoint.npz"}
+
+
+def test_an_error_of_the_environment_keeps_its_traceback(tmp_path, undrawable):
+    """Whatever else is wrong."""
+    register(Fails, error=RuntimeError("unplugged"))
+    with raises(RuntimeError, match="unplugged"):
+        ddpg_py(*SHORT, "--out", tmp_path)
+
+
+def test_a_run_that_is_loaded_and_saved_is_the_same(whole, tmp_path):
+    """A path may be text."""
+    agent = ddpg.load(Line(), str(whole / "checkpoint.npz"))
+    ddpg.save(agent, str(tmp_path / "checkpoint.npz"))
+    assert same(digits(tmp_path), digits(whole))
+
+
+def test_settings_of_numpy_types_are_saved(tmp_path):
+    settings = ddpg.make_settings(gamma=np.float32(0.5), hidden=np.array([4]))
+    ddpg.save(ddpg.Agent(Line(), settings), tmp_path / "checkpoint.npz")
+    assert ddpg.read(tmp_path / "checkpoint.npz")["settings"] == settings
+
+
+def test_more_steps_are_a_longer_run(tmp_path):
+    """The ring of 30 has wrapped."""
+    register(length=7)
+    options = [*SHORT, "--buffer-size", 30, "--noise-theta", 0.15]
+    ddpg_py(*options, "--steps", 120, "--out", tmp_path / "once")
+    ddpg_py(*options, "--steps", 60, "--out", tmp_path / "twice")
+    ddpg_py("--resume", "--steps", 120, "--out", tmp_path / "twice")
+    assert same(digits(tmp_path / "once"), digits(tmp_path / "twice"))
+
+
+def test_a_run_goes_on_with_changed_settings(whole):
+    """Here a learning rate of 0: the actor rests."""
+    env = Line()
+    agent = ddpg.load(env, whole / "checkpoint.npz", steps=80, actor_lr=0)
+    list(ddpg.train(agent, env))
+    before = digits(whole)
+    after = numbers(agent)
+    assert agent.buffer.steps == 80
+    assert np.array_equal(after["actor_0"], before["actor_0"])
+    assert not np.array_equal(after["critic_0"], before["critic_0"])
+
+
+# What is refused.
+@fixture
+def refusal(tmp_path, capfd):
+    """The line with which these options are refused; empty if they are not, or if it wrote."""
+    def refusal(*options):
+        before = contents(tmp_path)
+        status = ddpg_py(*options)
+        out, err = capfd.readouterr()
+        silent = out == "" and contents(tmp_path) == before
+        return err * (status == 2 and silent and err.count("\n") == 1)
+    return refusal
+
+
+@parametrize("option", """
+    --steps=0 --steps=-3 --steps=many --seed=-1 --seed=2147483648 --hidden=0 --hidden=8.5
+    --gamma=1.01 --gamma=-0.1 --gamma=nan --tau=1.01 --tau=-0.1 --noise=-0.1 --noise=inf
+    --noise-theta=1.01 --actor-lr=-0.001 --critic-lr=inf --batch-size=0 --buffer-size=0 --warmup=0
+    --warmup=20000 --block=0 --step=300 --frobnicate=3 --env=Nowhere-v0 --env=nowhere:Nowhere-v0
+    --env=sys:Nowhere-v0 --env=Missing-v0 --env=Object-v0""".split())
+def test_bad_input_is_refused(option, tmp_path, refusal):
     register("nowhere:Env", name="Missing-v0")
-    for value in values:
-        assert refuses("--steps=20000", f"--{option}", value, "--out", tmp_path / "out",
-                       named=[option[:5], value if option != "env" else "--env"])
+    register(object, name="Object-v0")
+    line = refusal("--steps=20000", option, "--out", tmp_path / "out")
+    name, value = option.split("=")
+    assert value in line
+    assert name[2:5] in line
 
 
-def test_a_folder_that_cannot_be_used_is_refused_before_training(tmp_path, refuses):
+@parametrize("changes, named", [
+    ({"observation_space": Box(0, 255, (4, 4), np.uint8)}, "Box(0, 255, (4, 4)"),
+    ({"observation_space": Box(-1, 1, (3,))}, "shape (1,): must be finite, shape (3,)"),
+    ({"action_space": Discrete(3)}, "Discrete(3)"),
+    ({"action_space": Box(-2, 2, (1,), np.int64)}, "int64"),
+    ({"action_space": Box(-np.inf, 1, (1,))}, "inf"),
+], ids=str)
+def test_unfit_spaces_are_refused(changes, named, tmp_path, refusal):
+    register(**changes)
+    assert named in refusal(*SHORT, "--out", tmp_path / "out")
+
+
+def test_an_unknown_setting_is_refused():
+    with raises(ddpg.DDPGError, match="colour"):
+        ddpg.make_settings(colour="red")
+
+
+@parametrize("out", ["file", "file/below"])
+def test_a_folder_that_cannot_be_used_is_refused(out, tmp_path, refusal):
     register()
     (tmp_path / "file").write_text("mine")
-    for out in (tmp_path / "file", tmp_path / "file" / "below", "/proc/nowhere"):
-        assert refuses(*SHORT, "--out", out, named=[out])
-    for option in ("--resume", "--gif"):
-        assert refuses(option, "--out", tmp_path / "none", named=["checkpoint.npz"])
+    assert "file" in refusal(*SHORT, "--out", tmp_path / out)
 
 
-@pytest.mark.parametrize("option", ["--resume", "--gif", "--seed=0"])
-@pytest.mark.parametrize("damage", [
-    "cut", "empty", "foreign", "few arrays", "objects", "another version", "other sizes"])
-def test_a_damaged_or_foreign_checkpoint_is_refused(damage, option, copy, refuses):
-    path, history, array = copy / "checkpoint.npz", "[[1, 2.0]]", np.ones(3)
-    register(size=30 if damage == "other sizes" else 1)
-    if damage in ("cut", "empty"):
-        path.write_bytes(path.read_bytes()[:-100 if damage == "cut" else 0])
-    elif damage != "other sizes":
-        np.savez(path, *{"foreign": [array], "few arrays": ["{}", history, array],
-                         "objects": [np.array([{}]), history, array],
-                         "another version": ['{"colour": "red"}', history, array]}[damage])
-    assert refuses(option, "--out", copy, named=["--out"])
+@parametrize("name", ["returns.csv", "returns.png", "actor.keras"])
+def test_results_without_a_checkpoint_are_not_overwritten(name, tmp_path, refusal):
+    register()
+    (tmp_path / name).write_text("mine")
+    assert name in refusal(*SHORT, "--out", tmp_path)
 
 
-def test_a_gif_shows_one_episode_without_a_display(tmp_path, monkeypatch, capfd):
-    """As if no episode of training had had more than 2 steps: this one is cut off after 20."""
-    monkeypatch.delenv("DISPLAY", raising=False)
-    env = gym.make("Pendulum-v1")
-    agent = ddpg.Agent(env, ddpg.make_settings(hidden=[4], buffer_size=10))
-    agent.history, agent.buffer.added = [[2, 0.0]], 2
-    ddpg.save(agent, tmp_path / "checkpoint.npz")
-    assert ddpg_py("--gif", "--out", tmp_path) == 0
-    with Image.open(tmp_path / "policy.gif") as picture:
-        assert picture.n_frames == 21 and picture.info["duration"] == 30
-    assert f"return {next(ddpg.evaluate(agent, env)):.5g}" in capfd.readouterr().out
+def test_a_run_is_not_overwritten(copy, refusal):
+    assert "add --resume" in refusal(*SHORT, "--out", copy)
 
 
-LONG = ["--hidden", 8, "--batch-size", 16, "--warmup", 100, "--steps", 2400]
+@parametrize("option", ["--resume", "--gif"])
+@parametrize("other", ["--env=Pendulum-v1", "--seed=1", "--hidden=5", "--buffer-size=999"])
+def test_what_belongs_to_a_run_cannot_be_changed(option, other, copy, refusal):
+    assert "omit it" in refusal(option, other, "--out", copy)
+
+
+@parametrize("option", ["--resume", "--gif"])
+@parametrize("changes", [
+    {"low": (-1,)}, {"shift": np.zeros(2), "observation_space": Box(-1, 1, (2,))}], ids=str)
+def test_a_run_needs_the_environment_it_had(option, changes, copy, refusal):
+    register(Scaled, **changes)
+    assert "states, actions or bounds" in refusal(option, "--out", copy)
+
+
+@parametrize("option", ["--resume", "--gif", "--seed=0"])
+@parametrize("arrays, end", [
+    ({"settings": '{"colour": "red"}'}, None),
+    ({"settings": "{}", "history": "[[1, 2, 3, 4]]"}, None),
+    ({}, 0),
+    ({"settings": "{}"}, -100),
+], ids=str)
+def test_a_checkpoint_that_is_damaged_or_foreign_is_refused(option, arrays, end, tmp_path, refusal):
+    path = tmp_path / "checkpoint.npz"
+    np.savez(path, **arrays)
+    path.write_bytes(path.read_bytes()[:end])
+    assert "--out" in refusal(option, "--out", tmp_path)
+
+
+@parametrize("option", ["--resume", "--gif"])
+def test_what_is_not_there_cannot_go_on(option, tmp_path, refusal):
+    assert "checkpoint.npz" in refusal(option, "--out", tmp_path)
+
+
+class Drawn(Line):
+    """A Line to look at: frames that grow lighter, or an error."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 40}
+    error = None
+
+    def render(self):
+        if self.error:
+            raise self.error
+        return np.full((8, 8, 3), len(self.actions) % 256, np.uint8)
+
+
+def test_a_gif_shows_one_episode(copy, capfd):
+    """Of 1,000 steps, as nothing ends it before."""
+    register(Drawn, length=3000)
+    agent = ddpg.load(Line(), copy / "checkpoint.npz")
+    assert ddpg_py("--gif", "--out", copy) == 0
+    with Image.open(copy / "policy.gif") as picture:
+        assert picture.n_frames == 1001
+        assert picture.info["duration"] == 20
+    expected = next(ddpg.evaluate(agent, Line(length=3000)))
+    assert f"return {expected:.5g}" in capfd.readouterr().out
+
+
+@parametrize("environment, changes", [
+    (Line, {}),
+    (Drawn, {"error": NotImplementedError}),
+    (Drawn, {"error": gym.error.DependencyNotInstalled("pip install it")})])
+def test_what_cannot_be_drawn_is_refused(environment, changes, copy, refusal):
+    register(environment, **changes)
+    assert "cannot draw" in refusal("--gif", "--out", copy)
+
+
+def test_an_error_while_drawing_keeps_its_traceback(copy):
+    register(Drawn, error=RuntimeError("no pen"))
+    with raises(RuntimeError, match="no pen"):
+        ddpg_py("--gif", "--out", copy)
+
+
+@parametrize("environment, changes, options", [
+    (Line, {}, ["--resume"]),
+    (Line, {}, [*SHORT, "--out", "new"]),
+    (Line, {"action_space": Discrete(3)}, ["--resume"]),
+    (Fails, {"error": KeyboardInterrupt}, ["--resume"]),
+    (Drawn, {}, ["--gif"]),
+    (Drawn, {"error": RuntimeError}, ["--gif"]),
+])
+def test_the_environment_is_closed_on_every_way_out(
+        environment, changes, options, copy, monkeypatch):
+    built = []
+    closed = []
+    class Door(environment):
+        def __init__(self, **arguments):
+            super().__init__(**arguments)
+            built.append(self)
+        def close(self):
+            closed.append(self)
+    register(Door, **changes)
+    monkeypatch.chdir(copy)
+    with contextlib.suppress(RuntimeError):
+        ddpg_py("--out", copy, *options)
+    assert built
+    assert set(closed) == set(built)
+
+
+# The program of its own: python ddpg.py.
+LONG = "--hidden 8 --batch-size 16 --warmup 100 --steps 2000".split()
 PROGRAM = """
-import itertools, os, signal, sys
-before = os.listdir(), signal.getsignal(signal.SIGINT), os.environ["TF_CPP_MIN_LOG_LEVEL"]
-import ddpg
-assert before == (os.listdir(), signal.getsignal(signal.SIGINT), "0")
-killed_at, steps, in_bounds = int(sys.argv[1]), itertools.count(1), ddpg.in_bounds
+import itertools, os, signal, sys, ddpg
+_, killed_at, *options = sys.argv
+steps = itertools.count(1)
+rescale = ddpg.rescale
 def counted(a, space):
-    if next(steps) == killed_at:
+    if next(steps) == int(killed_at):
         os.kill(os.getpid(), signal.SIGKILL)
-    return in_bounds(a, space)
-ddpg.in_bounds, ddpg.SAVE_EVERY = counted, 0
-sys.exit(ddpg.main(sys.argv[2:]))
+    return rescale(a, space)
+ddpg.rescale = counted
+ddpg.SAVE_EVERY = 0
+sys.exit(ddpg.main(options))
 """
 
 
 def start(out, *options, killed_at=0, preexec_fn=None):
     """`python ddpg.py --out out` with these options, killed at a step."""
-    variables = {"PYTHONPATH": str(HERE), "MPLBACKEND": "agg", "KERAS_BACKEND": "jax",
-                 "TF_CPP_MIN_LOG_LEVEL": "0"}
-    return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, *map(str, [killed_at, "--out", out, *options])], cwd="/",
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=preexec_fn,
-        env=os.environ | variables)
+    settings = {"PYTHONPATH": str(HERE), "MPLBACKEND": "agg", "KERAS_BACKEND": "jax"}
+    command = [sys.executable, "-c", PROGRAM, killed_at, "--out", out, *options]
+    return subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE,
+                            preexec_fn=preexec_fn, env=os.environ | settings)
 
 
-def end(process, status=0):
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == status and "Traceback" not in err, err
-    return out, err
-
-
-def test_digits_survive_kills_and_a_full_disk(tmp_path):
-    """Three runs side by side: one is left alone, one is killed twice and then has no standard
-    error, one is killed and then has room for two episodes more."""
-    alone, one, two = tmp_path / "alone", tmp_path / "one", tmp_path / "two"
-    processes = start(one, *LONG, killed_at=650), start(two, *LONG, killed_at=450)
-    whole = start(alone, *LONG)
-    for process in processes:
-        end(process, -signal.SIGKILL)
-    room = 20_000 + (two / "checkpoint.npz").stat().st_size
-    killed, full = start(one, "--resume", killed_at=750), start(
-        two, "--resume", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)))
-    end(killed, -signal.SIGKILL)
-    last = end(full, 1)[1].splitlines()[-1]
-    assert last.startswith("ddpg.py: ") and "checkpoint.npz" in last
-    processes = start(one, "--resume", preexec_fn=lambda: os.close(2)), start(two, "--resume")
-    assert "episode 1," in end(whole)[0]
-    for process, folder in zip(processes, (one, two)):
-        assert "episode 1," not in end(process)[0], "it started again"
-        assert same(digits(folder), digits(alone))
-
-
-def test_the_saved_actor_is_the_average_one_in_a_python_without_our_code(tmp_path):
-    """On raw states of 1000 +- 1, and with actions between -1 and 2, 3 and 7."""
-    agent = trained(Line(low=(-1, 3), high=(2, 7), size=3, shift=1000), steps=60, noise=0.5)
-    ddpg.policy(agent).save(tmp_path / "actor.keras")
-    states = (1000 + np.random.default_rng(0).uniform(-1, 1, (5, 3))).astype(np.float32)
-    code = ("import json, keras, sys; states = keras.ops.array(json.loads(sys.argv[2]));"
-            "print(keras.models.load_model(sys.argv[1])(states).numpy().tolist())")
-    printed = subprocess.check_output(
-        [sys.executable, "-c", code, tmp_path / "actor.keras", json.dumps(states.tolist())],
-        cwd="/", env=os.environ | {"KERAS_BACKEND": "tensorflow"})
-    average, online = (actor(agent.buffer.standard(states)).numpy()
-                       for actor in (agent.average_actor, agent.actor))
-    np.testing.assert_allclose(json.loads(printed), [0.5, 5] + [1.5, 2] * average, atol=2e-3)
-    assert np.ptp(average, axis=0).min() > 0.02 and not np.allclose(average, online, atol=0.01)
+@pytest.mark.skipif(os.name == "nt", reason="needs signals and limits of POSIX")
+def test_digits_survive_a_kill_and_a_full_disk(tmp_path):
+    """Two runs side by side. One is left alone. One is killed, then has room for little more, then
+    goes on."""
+    import resource
+    alone = start(tmp_path / "alone", *LONG)
+    folder = tmp_path / "stopped"
+    assert start(folder, *LONG, killed_at=650).wait() < 0
+    room = 20_000 + (folder / "checkpoint.npz").stat().st_size
+    full = start(folder, "--resume", preexec_fn=lambda: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (room, room)))
+    assert b"cannot write" in full.communicate()[1]
+    assert full.returncode == 1
+    assert start(folder, "--resume").wait() == 0
+    assert alone.wait() == 0
+    assert same(digits(folder), digits(tmp_path / "alone"))
 
 
 def test_the_readme_and_the_program_agree(capsys):
-    """Of sections, tests, flags and lines; and mathematics is where Markdown does not change it."""
-    readme, program = (HERE / "README.md").read_text(), (HERE / "ddpg.py").read_text()
-    cited = set(re.findall(r"section (\d+)", program))
-    assert cited and cited <= set(re.findall(r"^## (\d+)\.", readme, re.M))
-    excerpts = re.findall(r"```python\n(.*?)```", readme[:readme.index("\n# Exercises")], re.S)
-    assert len(excerpts) >= 5 and [code for code in excerpts if code not in program] == []
+    """Of sections, excerpts, additions, tests, flags and files; and its mathematics is where
+    Markdown does not change it."""
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    program = (HERE / "ddpg.py").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^## (\d+)\.(.*?)(?=^##? [A-Z\d])", readme, re.M | re.S))
+    assert set(re.findall(r"(?:section|^   ) (\d+)", ddpg.__doc__, re.M)) <= set(sections)
+    for number, text in sections.items():
+        for code in re.findall(r"```python\n(.*?)```", text, re.S):
+            assert code in (program if number == "9" else without_additions())
+    table = re.search(r"^\|[- |:]+\|\n((?:\|.*\n)+)", sections["9"], re.M)[1]
+    additions = set(re.findall(r"^\|\W*(\w+)", table, re.M))
+    assert additions == set(re.findall(r"# \+ (\w+)", program))
     assert set(re.findall(r"`(test_\w+)`", readme)) <= set(globals())
-    assert ddpg_py("--help") == 0
-    options = set(re.findall(r"--([a-z-]+)", capsys.readouterr().out)) | {"help"}
-    assert {name.replace("_", "-") for name in ddpg.OPTIONS} <= options
-    assert set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", readme)) <= options
-    text = re.sub(r"^```.*?^```|\$`[^`]*`\$|`[^`]*`", "", readme, flags=re.M | re.S)
-    assert re.findall(r".{0,30}\$.{0,30}", text) == []
+    ddpg_py("--help")
+    flags = set(re.findall(r"--([a-z-]+)", capsys.readouterr().out))
+    assert {name.replace("_", "-") for name in ddpg.OPTIONS} <= flags
+    assert set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", readme)) <= flags
+    for link in re.findall(r"""(?:\]\(|src=")([^):"#]+)[)"]""", readme):
+        assert (HERE / link).exists(), link
+    prose = re.sub(r"^```.*?^```|\$`[^`]*`\$|`[^`]*`", "", readme, flags=re.M | re.S)
+    assert re.findall(r".{0,30}\$.{0,30}", prose) == []
