@@ -117,13 +117,13 @@ def test_doubt_begins_with_the_first_transition_that_terminated():
 
 def test_y_is_constant_for_the_gradient():
     """With y as above, dL/dw = -2/3 sum (y - Q) dQ/dw: for the weight of s -2/3 (0 - 2 + 4),
-    for that of a -2/3 (0 - 1 - 1), for the bias -2/3 (2.25 - 2 + 2)."""
+    for that of a -2/3 (0 - 1 - 1), for the bias -2/3 (2.375 - 2 + 2)."""
     agent = by_hand()
     agent.ended.assign(1)
     with tf.GradientTape() as tape:
         loss = agent.critic_loss(*BATCH)
     kernel, bias = tape.gradient(loss, agent.critic.trainable_variables)
-    assert np.concatenate([kernel[:, 0], bias]) == approx([-4 / 3, 4 / 3, -1.5])
+    assert np.concatenate([kernel[:, 0], bias]) == approx([-4 / 3, 4 / 3, -19 / 12])
 
 
 def test_actor_loss_is_minus_the_mean_value_of_its_actions():
