@@ -166,8 +166,8 @@ def test_targets_start_as_copies_that_do_not_move_along():
     agent = small(spaces())
     actor = flat(agent.actor)
     critic = flat(agent.critic)
-    for network in (agent.actor, agent.critic):
-        network.set_weights([weight + 1 for weight in network.get_weights()])
+    for weight in agent.actor.variables + agent.critic.variables:
+        weight.assign(weight + 1)
     assert flat(agent.target_actor) == flat(agent.final_actor) == actor
     assert flat(agent.target_critic) == critic
 
@@ -342,7 +342,7 @@ def test_it_finds_the_linear_quadratic_optimum(either):
     starts = [env.reset(seed=n)[0].item() for n in ddpg.EVALUATION_SEEDS]
     optimum = -p * np.square(starts)
     assert np.all(returns <= optimum + 1e-4)
-    assert sum(returns) > 1.05 * sum(optimum)
+    assert sum(returns) > 1.03 * sum(optimum)
 
 
 def test_a_pendulum_stands_up_within_30_episodes(either):
@@ -830,8 +830,8 @@ def test_settings_of_numpy_types_are_saved(tmp_path):
 
 
 def test_more_steps_are_a_longer_run(tmp_path):
-    """The ring of 30 has wrapped."""
-    register(length=7)
+    """The ring of 30 has wrapped, and episodes have terminated."""
+    register(length=7, terminates=True)
     options = [*SHORT, "--buffer-size", 30, "--noise-theta", 0.15]
     ddpg_py(*options, "--steps", 120, "--out", tmp_path / "once")
     ddpg_py(*options, "--steps", 60, "--out", tmp_path / "twice")
@@ -868,7 +868,7 @@ def refusal(tmp_path, capfd):
     --steps=0 --steps=-3 --steps=many --seed=-1 --seed=2147483648 --hidden=0 --hidden=8.5
     --gamma=1.01 --gamma=-0.1 --gamma=nan --tau=1.01 --tau=-0.1 --noise=-0.1 --noise=inf
     --noise-theta=1.01 --actor-lr=-0.001 --critic-lr=inf --batch-size=0 --buffer-size=0 --warmup=0
-    --warmup=20000 --block=0 --step=300 --frobnicate=3 --env=Nowhere-v0 --env=nowhere:Nowhere-v0
+    --warmup=20000 --block=0 --step=3000 --frobnicate=3 --env=Nowhere-v0 --env=nowhere:Nowhere-v0
     --env=sys:Nowhere-v0 --env=Missing-v0 --env=Object-v0""".split())
 def test_bad_input_is_refused(option, tmp_path, refusal):
     register("nowhere:Env", name="Missing-v0")
@@ -950,7 +950,7 @@ def test_what_is_not_there_cannot_go_on(option, tmp_path, refusal):
 class Drawn(Line):
     """A Line to look at: frames that grow lighter, or an error."""
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 40}
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 25}
     error = None
 
     def render(self):
@@ -966,7 +966,7 @@ def test_a_gif_shows_one_episode(copy, capfd):
     assert ddpg_py("--gif", "--out", copy) == 0
     with Image.open(copy / "policy.gif") as picture:
         assert picture.n_frames == 1001
-        assert picture.info["duration"] == 20
+        assert picture.info["duration"] == 40
     expected = next(ddpg.evaluate(agent, Line(length=3000)))
     assert f"return {expected:.5g}" in capfd.readouterr().out
 
